@@ -1,0 +1,446 @@
+"""The degradation problem and its cure: plain and residual networks at several depths.
+
+    python experiments/degradation.py --depths 18,34,56
+
+trains each network once from each seed, on the real handwritten digits that come with scikit-learn
+unless another data set is named, and ends with a table, summary.csv and a figure like Figure 6 of
+He et al. (2015), "Deep Residual Learning for Image Recognition". The same command again continues
+where it was; more kinds, depths or seeds add to what is there.
+"""
+
+import argparse
+import importlib
+import os
+import shlex
+import sys
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import flax.linen as nn
+import jax
+from rich.console import Console
+from rich.table import Table
+
+from flaxnets.console import (
+    ArgumentParser,
+    Interruption,
+    StudyProgress,
+    check_choice,
+    duration,
+    positive,
+    run_command,
+    whole_numbers,
+    words,
+)
+from flaxnets.data import Dataset, find_dataset, load_dataset
+from flaxnets.errors import InputError
+from flaxnets.figures import draw_errors
+from flaxnets.models.cost import Cost, count_cost
+from flaxnets.models.resnet import IMAGENET_STAGES, ResNet
+from flaxnets.parallel import data_mesh
+from flaxnets.restore import DTYPES, build_model
+from flaxnets.study import (
+    Network,
+    Run,
+    check_directory,
+    group_runs,
+    open_study,
+    read_runs,
+    run_directory,
+    write_config,
+    write_summary,
+)
+from flaxnets.tables import blocks, millions, network_name, results_table
+from flaxnets.training import RECIPES, Program, Recipe, RunResult, read_result, train_run
+from flaxnets.training.estimate import measure_speed
+
+DEEPEST = 1202  # of the paper; deeper ones take hours to compile
+
+
+@dataclass(frozen=True)
+class Planned:
+    """One network of the grid, before it is trained."""
+
+    kind: str
+    depth: int
+    model_config: dict[str, Any]
+    model: nn.Module
+    cost: Cost
+
+
+def main(arguments: list[str] | None = None) -> int:
+    args = parse_arguments(arguments)
+    console = Console(highlight=False)
+    if not console.is_terminal:
+        console.width = 120  # a file or a pipe has no width of its own
+
+    # What to train on, and how. Everything that can be refused is refused before the slow part.
+    recipe = choose_recipe(args)
+    info = find_dataset(args.dataset, args.data_dir)
+    check_batch(recipe, info.num_train, args)
+    dataset = load_dataset(args.dataset, args.data_dir, args.train_examples)
+    builders = {kind: import_builder(kind) for kind in args.kinds if ":" in kind}
+    plan = [
+        plan_network(args, kind, d, dataset, builders) for kind in args.kinds for d in args.depths
+    ]
+    definition = define_study(args, dataset, recipe)
+    out = args.out or Path("runs/degradation") / f"{args.dataset}-{args.family}"
+    check_directory(out, definition)
+    if args.dry_run:
+        print_plan(console, plan, args, dataset, recipe)
+        return 0
+
+    # Train.
+    with Interruption() as interruption, open_study(out, definition):
+        train_study(console, plan, args, dataset, recipe, out, interruption)
+
+        # The table and the figure, of all that the directory holds.
+        runs = read_runs(out)
+        write_summary(out, runs)
+        networks = group_runs(runs)
+        updates = recipe.total_steps(len(dataset.train.labels))
+        figure = out / "degradation.png"
+        draw_errors(networks, figure, f"{args.dataset}, {args.family} family, {updates:,} updates")
+    if interruption.requested():
+        command = shlex.join(["python", *sys.argv]) if arguments is None else "the same command"
+        print(f"stopped and saved; continue with: {command}", file=sys.stderr)
+        return interruption.exit_status
+    console.print(results_table(networks))
+    console.print(conclusion(networks, updates), soft_wrap=True)
+    console.print(f"figure: {figure}", soft_wrap=True)
+    return 0
+
+
+def train_study(
+    console: Console,
+    plan: list[Planned],
+    args: argparse.Namespace,
+    dataset: Dataset,
+    recipe: Recipe,
+    out: Path,
+    interruption: Interruption,
+) -> None:
+    """Train whatever is not finished yet, one run after another."""
+    mesh = data_mesh()
+    work = [float(planned.cost.multiply_adds) for planned in plan for _ in args.seeds]
+    with StudyProgress(console, work) as progress:
+        for planned in plan:
+            program = None
+            for seed in args.seeds:
+                directory = run_directory(out, planned.kind, planned.depth, seed)
+                config = run_config(planned, seed, args, dataset, recipe)
+                write_config(directory, config)
+                result = read_result(directory)
+                if result and result.status != "unfinished":
+                    progress.skip_run()
+                    continue
+                program = program or Program.create(
+                    planned.model, planned.depth, recipe, dataset, mesh
+                )
+                name = f"{planned.kind}-{planned.depth} seed {seed}"
+                progress.start_run(
+                    name, program.total_steps, program.steps_per_epoch, recipe.batch_size
+                )
+                result = train_run(
+                    program, seed, directory, progress.update, interruption.requested
+                )
+                progress.end_run(f"{name}: {describe(result)}")
+                write_summary(out, read_runs(out))
+                if interruption.requested():
+                    return
+
+
+def describe(result: RunResult) -> str:
+    """A run in a few words."""
+    if result.status == "diverged":
+        return f"diverged at step {result.diverged_step}, {duration(result.seconds)}"
+    if result.status == "unfinished":
+        return f"stopped at step {result.step}"
+    return (
+        f"train error {result.final('train_error'):.2f} %, "
+        f"test error {result.final('test_error'):.2f} %, {duration(result.seconds)}"
+    )
+
+
+# What to train: arguments, networks, recipe.
+
+
+def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
+    parser = ArgumentParser(description=__doc__)
+    add = parser.add_argument
+    add("--depths", required=True, type=whole_numbers, help="weighted layers, such as 18,34,56")
+    add(
+        "--kinds",
+        default="plain,residual",
+        type=words,
+        help="of plain, residual and module:function of your own (default: %(default)s)",
+    )
+    add("--family", default="cifar", help="cifar (default) or imagenet")
+    add("--shortcut", help="A (default), B or C, as in section 3.3 of the paper")
+    add("--stem", help="imagenet or small; each family has its own by default")
+    add("--dataset", default="digits", help="digits (default) or any prepared TFDS data set")
+    add("--data-dir", type=Path, help="where TFDS keeps data sets (default: its own)")
+    add("--train-examples", type=positive(int), help="train on so many of the images")
+    add("--seeds", default="0", type=whole_numbers, help="such as 0,1,2 (default: %(default)s)")
+    add("--recipe", help="default: digits for digits, he2015-cifar otherwise")
+    add("--epochs", type=positive(int), help="length of a run; the schedule scales with it")
+    add("--batch-size", type=positive(int), help="over all devices")
+    add("--learning-rate", type=positive(float))
+    add("--precision", default="float32", help="float32 (default) or bfloat16")
+    add("--out", type=Path, help="default: runs/degradation/<dataset>-<family>")
+    add(
+        "--dry-run", action="store_true", help="print grid, steps and an estimate of time, and stop"
+    )
+    args = parser.parse(arguments)
+
+    check_choice("--family", args.family, ("cifar", "imagenet"))
+    check_choice("--shortcut", args.shortcut or "A", ("A", "B", "C"))
+    check_choice("--stem", args.stem or "small", ("imagenet", "small"))
+    check_choice("--precision", args.precision, tuple(DTYPES))
+    check_choice("--recipe", args.recipe or "digits", tuple(RECIPES))
+    for kind in args.kinds:
+        if ":" not in kind:
+            check_choice(
+                "--kinds", kind, ("plain", "residual"), " or a module:function of your own"
+            )
+    for flag, values in (
+        ("--depths", args.depths),
+        ("--kinds", args.kinds),
+        ("--seeds", args.seeds),
+    ):
+        repeated = sorted({str(value) for value in values if values.count(value) > 1})
+        if repeated:
+            raise InputError(f"{flag} repeats {', '.join(repeated)}; name each once")
+    check_depths(args.depths, args.family)
+    if min(args.seeds) < 0 or max(args.seeds) >= 2**31:
+        raise InputError("--seeds must be from 0 to 2147483647")
+    args.depths.sort()
+    return args
+
+
+def check_depths(depths: list[int], family: str) -> None:
+    for depth in depths:
+        if family == "cifar" and (depth % 2 or not 8 <= depth <= DEEPEST):
+            raise InputError(
+                f"--depths {depth}: the cifar family has even depths from 8 to {DEEPEST} "
+                "(the paper's are 20, 32, 44, 56, 110)"
+            )
+        if family == "imagenet" and depth not in IMAGENET_STAGES:
+            valid = ", ".join(map(str, IMAGENET_STAGES))
+            raise InputError(f"--depths {depth}: the imagenet family has depths {valid}")
+
+
+def choose_recipe(args: argparse.Namespace) -> Recipe:
+    """The recipe asked for, with what the command line overrides."""
+    default = "digits" if args.dataset == "digits" else "he2015-cifar"
+    recipe = RECIPES[args.recipe or default]
+    if args.epochs:
+        recipe = replace(recipe, epochs=args.epochs, steps=None)
+    if args.batch_size:
+        recipe = replace(recipe, batch_size=args.batch_size)
+    if args.learning_rate:
+        recipe = replace(recipe, learning_rate=args.learning_rate)
+    return recipe
+
+
+def check_batch(recipe: Recipe, num_train: int, args: argparse.Namespace) -> None:
+    if args.train_examples and args.train_examples > num_train:
+        raise InputError(f"--train-examples {args.train_examples}: {args.dataset} has {num_train}")
+    examples = args.train_examples or num_train
+    if recipe.batch_size > examples:
+        raise InputError(
+            f"--batch-size {recipe.batch_size} is more than the {examples} training examples; "
+            f"give at most {examples}"
+        )
+    devices = jax.device_count()
+    if recipe.batch_size % devices:
+        raise InputError(
+            f"--batch-size {recipe.batch_size} does not divide by the {devices} devices; "
+            f"give a multiple of {devices}"
+        )
+
+
+def import_builder(kind: str) -> Callable[..., nn.Module]:
+    """The user's `build(depth, num_classes, dtype)`, from the working directory or installed."""
+    module_name, _, function = kind.partition(":")
+    sys.path.insert(0, os.getcwd())
+    try:
+        build = getattr(importlib.import_module(module_name), function)
+    except (ImportError, AttributeError, ValueError) as error:
+        raise InputError(f"--kinds {kind}: {error}") from error
+    finally:
+        sys.path.remove(os.getcwd())
+    return build
+
+
+def plan_network(
+    args: argparse.Namespace, kind: str, depth: int, dataset: Dataset, builders: dict[str, Callable]
+) -> Planned:
+    """Build the network and count what it costs."""
+    if kind in builders:
+        model_config = {"build": kind, "num_classes": dataset.num_classes}
+    else:
+        name = {"plain": "plain", "residual": "resnet"}[kind]
+        prefix = "cifar_" if args.family == "cifar" else ""
+        model_config = {
+            "name": f"{prefix}{name}{depth}",
+            "num_classes": dataset.num_classes,
+            "overrides": {
+                "shortcut": args.shortcut or "A",
+                "stem": args.stem or ("small" if args.family == "cifar" else "imagenet"),
+            },
+        }
+    config = {"model": model_config, "depth": depth, "precision": args.precision}
+    try:
+        model = build_model(config, builders.get(kind))
+        cost = count_cost(model, dataset.preprocess.image_shape, dataset.num_classes)
+    except Exception as error:
+        if kind not in builders:
+            raise
+        raise InputError(
+            f"--kinds {kind} at depth {depth}: {type(error).__name__}: {error}"
+        ) from error
+    return Planned(kind, depth, model_config, model, cost)
+
+
+def define_study(args: argparse.Namespace, dataset: Dataset, recipe: Recipe) -> dict[str, Any]:
+    """Everything that changes a number, apart from the grid itself."""
+    return {
+        "family": args.family,
+        "shortcut": args.shortcut or "A",
+        "stem": args.stem or ("small" if args.family == "cifar" else "imagenet"),
+        "precision": args.precision,
+        "dataset": {
+            "name": dataset.name,
+            "version": dataset.version,
+            "train_examples": len(dataset.train.labels),
+            "test_examples": len(dataset.test.labels),
+            "sha256": dataset.fingerprint(),
+        },
+        "augmentation": asdict(dataset.augmentation),
+        "recipe": asdict(recipe),
+    }
+
+
+def run_config(
+    planned: Planned, seed: int, args: argparse.Namespace, dataset: Dataset, recipe: Recipe
+) -> dict[str, Any]:
+    """`config.json`: enough to build the network, the preprocessing and the recipe again."""
+    return {
+        "kind": planned.kind,
+        "depth": planned.depth,
+        "seed": seed,
+        "model": planned.model_config,
+        "blocks": list(getattr(planned.model, "stage_sizes", ())),
+        "parameters": planned.cost.parameters,
+        "precision": args.precision,
+        "dataset": {"name": dataset.name, "version": dataset.version},
+        "class_names": list(dataset.class_names),
+        "preprocess": asdict(dataset.preprocess),
+        "augmentation": asdict(dataset.augmentation),
+        "recipe": asdict(recipe),
+        "total_steps": recipe.total_steps(len(dataset.train.labels)),
+    }
+
+
+# What to say.
+
+
+def print_plan(
+    console: Console,
+    plan: list[Planned],
+    args: argparse.Namespace,
+    dataset: Dataset,
+    recipe: Recipe,
+) -> None:
+    """The grid and how long it will take, from a network of one block a stage."""
+    steps = recipe.total_steps(len(dataset.train.labels))
+    table = Table("kind", "network", "blocks", "parameters", "multiply-adds", "seeds", "steps")
+    for planned in plan:
+        config = run_config(planned, 0, args, dataset, recipe)
+        table.add_row(
+            planned.kind,
+            network_name(config),
+            blocks(config),
+            millions(planned.cost.parameters),
+            millions(planned.cost.multiply_adds),
+            ",".join(map(str, args.seeds)),
+            f"{steps:,}",
+        )
+    console.print(table)
+
+    probe = next((p.model for p in plan if isinstance(p.model, ResNet)), plan[0].model)
+    if isinstance(probe, ResNet):
+        probe = probe.clone(stage_sizes=(1,) * len(probe.stage_sizes))
+    probe_cost = count_cost(probe, dataset.preprocess.image_shape, dataset.num_classes)
+    speed = measure_speed(probe, dataset, recipe)
+    epochs = steps / (len(dataset.train.labels) // recipe.batch_size)
+    evaluated = epochs * (len(dataset.train.labels) + len(dataset.test.labels))
+    # An evaluated image costs a forward pass, a trained one three.
+    passes = steps * recipe.batch_size + evaluated / 3
+    seconds = 0.0
+    for planned in plan:
+        ratio = planned.cost.multiply_adds / probe_cost.multiply_adds
+        run = passes * speed.step / recipe.batch_size * ratio
+        seconds += len(args.seeds) * run + speed.first_step * ratio
+    console.print(
+        f"{len(plan) * len(args.seeds)} runs of {steps:,} updates; about {duration(seconds)} here, "
+        "going by a few steps of a network of one block a stage"
+    )
+
+
+def conclusion(networks: list[Network], updates: int) -> str:
+    """What the numbers show about training error and depth, in sentences made from them."""
+    seeds = len({run.seed for network in networks for run in network.runs})
+    sentences = [
+        f"After {updates:,} updates from {'one seed' if seeds == 1 else f'{seeds} seeds'}:"
+    ]
+    rises = {}
+    for kind in dict.fromkeys(network.kind for network in networks):
+        done = [n for n in networks if n.kind == kind and n.finished]
+        errors = [network.mean("train_error") for network in done]
+        listed = ", ".join(f"{e:.1f} % at {n.depth}" for n, e in zip(done, errors, strict=True))
+        if len(done) < 2:
+            sentences.append(
+                f"Too few {kind} networks finished to compare depths ({listed or 'none'})."
+            )
+            continue
+        rises[kind] = errors[-1] - errors[0] >= 1
+        if not rises[kind]:
+            verdict = "does not rise with depth"
+        elif errors == sorted(errors):
+            verdict = "rises with depth"
+        else:
+            verdict = "is higher at the greatest depth than at the least, though not in order"
+        sentences.append(f"The training error of {kind} networks {verdict} ({listed}).")
+    if "plain" in rises and not rises["plain"]:
+        sentences.append("These numbers do not show the degradation problem.")
+    elif rises.get("plain") and rises.get("residual") is False:
+        sentences.append("That is the degradation problem, and residual learning curing it.")
+    lost = sum(len(network.runs) - len(network.finished) for network in networks)
+    if lost:
+        sentences.append(f"{lost} of the runs did not finish and are left out of the means.")
+    moving = [
+        f"{n.kind}-{n.depth}" for n in networks if any(still_moving(run) for run in n.finished)
+    ]
+    if moving:
+        sentences.append(
+            f"Not converged: {', '.join(moving)} still moved by a point or more of training error "
+            "over the last quarter."
+        )
+    elif any(network.finished for network in networks):
+        sentences.append("Converged: no training error moved by a point over the last quarter.")
+    return " ".join(sentences)
+
+
+def still_moving(run: Run) -> bool:
+    """Whether training error moved by a point or more over the last quarter of the run."""
+    rows = run.result.rows
+    last = [row["train_error"] for row in rows if row["step"] >= 0.75 * run.result.step]
+    return len(last) < 2 or max(last) - min(last) >= 1
+
+
+if __name__ == "__main__":
+    sys.exit(run_command(main))

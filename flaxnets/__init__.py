@@ -1,0 +1,9 @@
+"""Residual networks and their plain twins in JAX."""
+
+from flaxnets.errors import InputError
+from flaxnets.models import create_model, list_models
+from flaxnets.restore import restore
+
+__version__ = "0.1.0"
+
+__all__ = ["InputError", "__version__", "create_model", "list_models", "restore"]

@@ -1,0 +1,230 @@
+"""TFDS image-classification data sets as arrays in memory."""
+
+import contextlib
+import hashlib
+import importlib.util
+import io
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import tensorflow_datasets as tfds
+
+from flaxnets.data.batches import Augmentation, Preprocess
+from flaxnets.data.digits import Digits
+from flaxnets.errors import InputError, nearest
+
+# Data sets whose classes survive a mirror; letters, digits and anything unknown are not flipped.
+FLIPPED = {"cifar10", "cifar100", "fashion_mnist", "imagenette", "stl10", "cats_vs_dogs"}
+
+
+class Split(NamedTuple):
+    """Images uint8 `(n, height, width, channels)` and labels int32 `(n,)`."""
+
+    images: Any
+    labels: Any
+
+
+@dataclass(frozen=True)
+class Dataset:
+    """A data set in memory, with what training does to its images unless told otherwise."""
+
+    name: str
+    version: str
+    class_names: tuple[str, ...]
+    train: Split
+    test: Split
+    preprocess: Preprocess
+    augmentation: Augmentation
+
+    @property
+    def num_classes(self) -> int:
+        return len(self.class_names)
+
+    def fingerprint(self) -> str:
+        """sha256 over every image and label, so that a study can tell whether its data changed."""
+        digest = hashlib.sha256()
+        for array in (*self.train, *self.test):
+            digest.update(np.ascontiguousarray(array).data)
+        return digest.hexdigest()
+
+
+@dataclass(frozen=True)
+class DatasetInfo:
+    """What is known of a prepared data set before its images are read.
+
+    `image_shape` has None where images differ in size.
+    """
+
+    builder: tfds.core.DatasetBuilder
+    image_key: str
+    label_key: str
+    test_split: str
+    image_shape: tuple[int | None, ...]
+    class_names: tuple[str, ...]
+    num_train: int
+    num_test: int
+
+
+def find_dataset(
+    name: str, data_dir: str | Path | None = None, **builder_kwargs: Any
+) -> DatasetInfo:
+    """Look a data set up and check that `load_dataset` can read it; same arguments and errors."""
+    builder = _builder(name, data_dir, builder_kwargs)
+    image_key, label_key = _supervised_keys(builder)
+    splits = builder.info.splits
+    test_split = "test" if "test" in splits else "validation"
+    for split in ("train", test_split):
+        if split not in splits or not splits[split].num_examples:
+            has = ", ".join(splits) or "none"
+            raise InputError(f"{name} needs filled train and test splits (its splits: {has})")
+        try:
+            source: Any = builder.as_data_source(split=split)
+        except NotImplementedError as error:
+            raise InputError(
+                f"{name} in {builder.data_path} is in a format that cannot be read without "
+                'TensorFlow; prepare it again with file_format="array_record"'
+            ) from error
+        if len(source) != splits[split].num_examples:
+            raise InputError(
+                f"{name} in {builder.data_path} has {len(source)} {split} examples where "
+                f"{splits[split].num_examples} were prepared; delete it and prepare it again"
+            )
+    features: Any = builder.info.features
+    return DatasetInfo(
+        builder=builder,
+        image_key=image_key,
+        label_key=label_key,
+        test_split=test_split,
+        image_shape=features[image_key].shape,
+        class_names=tuple(features[label_key].names),
+        num_train=splits["train"].num_examples,
+        num_test=splits[test_split].num_examples,
+    )
+
+
+def load_dataset(
+    name: str = "digits",
+    data_dir: str | Path | None = None,
+    train_examples: int | None = None,
+    **builder_kwargs: Any,
+) -> Dataset:
+    """Read a whole image-classification data set through TFDS, without TensorFlow.
+
+    `digits` is prepared on first use. Any other name must have been prepared as array_record, or
+    can be prepared now because TensorFlow is installed. The test split is `test`, or `validation`
+    where there is no `test`.
+
+    Args:
+      name: as TFDS knows it, such as `cifar10`.
+      data_dir: where TFDS keeps its data sets; its own default, `~/tensorflow_datasets`, if None.
+      train_examples: keep so many of the training images, always the same random ones.
+      builder_kwargs: passed on to `tfds.builder`.
+
+    Raises:
+      InputError: no such data set, not prepared, or not one of labelled images of one size.
+    """
+    info = find_dataset(name, data_dir, **builder_kwargs)
+    train, test = _read_split(info, "train"), _read_split(info, info.test_split)
+    if train.images.shape[1:] != test.images.shape[1:]:
+        raise InputError(f"{name} has training and test images of different sizes")
+    if train_examples is not None:
+        if not 0 < train_examples <= info.num_train:
+            raise InputError(f"{name} has {info.num_train} training examples, not {train_examples}")
+        rows = np.sort(np.random.RandomState(0).permutation(info.num_train)[:train_examples])
+        train = Split(train.images[rows], train.labels[rows])
+
+    height, width, channels = train.images.shape[1:]
+    return Dataset(
+        name=name,
+        version=str(info.builder.version),
+        class_names=info.class_names,
+        train=train,
+        test=test,
+        preprocess=Preprocess((height, width, channels), *channel_statistics(train.images)),
+        # 4 pixels of 32 in the paper's section 4.2.
+        augmentation=Augmentation(pad=min(height, width) // 8, flip=name in FLIPPED),
+    )
+
+
+def channel_statistics(images: np.ndarray) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """Mean and standard deviation of each channel of uint8 images, on a scale of 0 to 1.
+
+    Counted over the 256 values, so that they are exact and the same on every machine. A channel
+    that never changes has standard deviation 1.
+    """
+    means, stds = [], []
+    values = np.arange(256) / 255
+    for channel in np.moveaxis(images, -1, 0):
+        shares = np.bincount(channel.ravel(), minlength=256) / channel.size
+        mean = float(shares @ values)
+        means.append(mean)
+        stds.append(float(shares @ (values - mean) ** 2) ** 0.5 or 1.0)
+    return tuple(means), tuple(stds)
+
+
+def _builder(name: str, data_dir: str | Path | None, kwargs: dict) -> tfds.core.DatasetBuilder:
+    if data_dir is not None and Path(data_dir).exists() and not Path(data_dir).is_dir():
+        raise InputError(f"--data-dir {data_dir} is a file; give a directory")
+    where = None if data_dir is None else str(data_dir)
+    if name == "digits":
+        builder = Digits(data_dir=where, file_format="array_record")
+        if not builder.is_prepared():
+            try:
+                # TFDS would announce a download where there is none.
+                with contextlib.redirect_stdout(io.StringIO()):
+                    builder.download_and_prepare()
+            except OSError as error:
+                raise InputError(
+                    f"cannot write the digits to {builder.data_path} ({error.strerror}); "
+                    "give a directory you can write to with --data-dir"
+                ) from error
+        return builder
+    try:
+        builder = tfds.builder(name, data_dir=where, **kwargs)
+    except tfds.core.registered.DatasetNotFoundError as error:
+        known = ["digits", *tfds.list_builders(with_community_datasets=False)]
+        raise InputError(f"no data set is called {name!r}{nearest(name, known)}") from error
+    if not builder.is_prepared():
+        if importlib.util.find_spec("tensorflow") is None:
+            raise InputError(
+                f"{name} is not prepared in {builder.data_path}: either "
+                "pip install 'flaxnets[tfds]' and run this again to download and prepare it, "
+                "or point --data-dir at a directory where it is prepared as array_record"
+            )
+        builder = tfds.builder(name, data_dir=where, file_format="array_record", **kwargs)
+        builder.download_and_prepare()
+    return builder
+
+
+def _supervised_keys(builder: tfds.core.DatasetBuilder) -> tuple[str, str]:
+    features = builder.info.features
+    items = dict(features.items()) if isinstance(features, tfds.features.FeaturesDict) else {}
+    images = [k for k, v in items.items() if isinstance(v, tfds.features.Image)]
+    labels = [k for k, v in items.items() if isinstance(v, tfds.features.ClassLabel)]
+    # Some data sets have two kinds of label; TFDS says which one is meant.
+    preferred = builder.info.supervised_keys or ("image", "label")
+    image_key = preferred[0] if preferred[0] in images else next(iter(images), None)
+    label_key = preferred[1] if preferred[1] in labels else next(iter(labels), None)
+    if image_key is None or label_key is None:
+        missing = "images" if image_key is None else "class labels"
+        raise InputError(
+            f"{builder.name} has no {missing}; choose an image-classification data set"
+        )
+    return image_key, label_key
+
+
+def _read_split(info: DatasetInfo, split: str) -> Split:
+    source: Any = info.builder.as_data_source(split=split)
+    examples = source.__getitems__(range(len(source)))
+    images = [example[info.image_key] for example in examples]
+    shapes = {image.shape for image in images}
+    if len(shapes) > 1:
+        raise InputError(
+            f"{info.builder.name} has images of {len(shapes)} different sizes; all must be of one"
+        )
+    if images[0].dtype != np.uint8:
+        raise InputError(f"{info.builder.name} has images of {images[0].dtype}, not uint8")
+    labels = np.array([example[info.label_key] for example in examples], np.int32)
+    return Split(np.stack(images), labels)

@@ -1,0 +1,105 @@
+"""The study's figure: error against epoch, as in Figure 6 of He et al. (2015)."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
+
+from flaxnets.study import Network, Run
+
+# Okabe and Ito (2008), ordered so that neighbouring depths differ in lightness too.
+COLOURS = ("#0072B2", "#E69F00", "#000000", "#009E73", "#CC79A7", "#56B4E9", "#D55E00")
+
+
+def draw_errors(networks: Sequence[Network], path: Path, title: str) -> None:
+    """Draw a panel a kind, a colour a depth: training error thin and dashed, test error solid.
+
+    With several seeds a line is their mean over the seeds that got that far, and a band their
+    smallest and largest value. Written to `path`, whose suffix gives the format.
+    """
+    kinds = list(dict.fromkeys(network.kind for network in networks))
+    depths = sorted({network.depth for network in networks})
+    figure = Figure(figsize=(max(4.4 * len(kinds), 6.4), 4.2), layout="constrained")
+    axes = figure.subplots(1, len(kinds), sharex=True, sharey=True, squeeze=False)[0]
+    top = max((_ceiling(network) for network in networks), default=100.0)
+    for ax, kind in zip(axes, kinds, strict=True):
+        labels = []
+        for network in networks:
+            if network.kind == kind:
+                colour = COLOURS[depths.index(network.depth) % len(COLOURS)]
+                labels.append(_draw_network(ax, network, colour))
+        _label_ends(ax, [label for label in labels if label], top)
+        ax.set_title(kind)
+        ax.set_xlabel("epoch")
+        ax.xaxis.set_major_locator(MaxNLocator(integer=True))
+        ax.grid(color="0.9", linewidth=0.6)
+        ax.spines[["top", "right"]].set_visible(False)
+    axes[0].set_ylim(-0.02 * top, top)
+    axes[0].set_xlim(left=0)
+    axes[0].set_ylabel("error (%)")
+    styles = {"training error": {"lw": 1.0, "ls": "--"}, "test error": {"lw": 2.2, "ls": "-"}}
+    for label, style in styles.items():
+        axes[-1].plot([], [], color="0.3", label=label, **style)
+    axes[-1].legend(frameon=False, loc="upper right")
+    figure.suptitle(title, fontsize="medium")
+    figure.savefig(path, dpi=160)
+
+
+def _ceiling(network: Network) -> float:
+    values = [
+        row[metric]
+        for run in network.runs
+        for row in run.result.rows
+        for metric in ("train_error", "test_error")
+    ]
+    return min(100.0, 1.05 * max(values, default=100.0))
+
+
+def _draw_network(ax: Axes, network: Network, colour: str) -> tuple[float, float, str, str] | None:
+    """Draw both curves; returns where the training curve ends, its label and colour."""
+    runs = [run for run in network.runs if run.result.rows]
+    if not runs:
+        return None
+    for metric, width, dashes in (("train_error", 1.0, "--"), ("test_error", 2.2, "-")):
+        epochs, curves = _curves(runs, metric)
+        ax.plot(epochs, np.nanmean(curves, axis=0), color=colour, lw=width, ls=dashes)
+        if len(runs) > 1:
+            low, high = np.nanmin(curves, axis=0), np.nanmax(curves, axis=0)
+            ax.fill_between(epochs, low, high, color=colour, alpha=0.15, lw=0)
+    epochs, curves = _curves(runs, "test_error")
+    label = f"{network.depth}"
+    if any(run.result.status != "finished" for run in runs):
+        label += f" ({network.status})"
+    return epochs[-1], float(np.nanmean(curves[:, -1])), label, colour
+
+
+def _curves(runs: Sequence[Run], metric: str) -> tuple[list[float], np.ndarray]:
+    """Epochs and the metric of each run `(runs, epochs)`, NaN from where a run has no more rows."""
+    longest = max((run.result.rows for run in runs), key=len)
+    curves = np.full((len(runs), len(longest)), np.nan)
+    for curve, run in zip(curves, runs, strict=True):
+        curve[: len(run.result.rows)] = [row[metric] for row in run.result.rows]
+    # The last epoch may be a part of one.
+    per_epoch = longest[0]["step"]
+    return [row["step"] / per_epoch for row in longest], curves
+
+
+def _label_ends(ax: Axes, labels: list[tuple[float, float, str, str]], top: float) -> None:
+    """Write each depth beside the end of its test curve, moved up where two would overlap."""
+    lowest = -np.inf
+    for x, y, text, colour in sorted(labels, key=lambda label: label[1]):
+        y = max(y, lowest)
+        lowest = y + 0.05 * top
+        ax.annotate(
+            text,
+            (x, y),
+            xytext=(5, 0),
+            textcoords="offset points",
+            color=colour,
+            va="center",
+            fontweight="bold",
+            annotation_clip=False,
+        )

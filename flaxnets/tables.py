@@ -1,0 +1,58 @@
+"""A study's results as a table for the console."""
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+from rich import box
+from rich.table import Table
+
+from flaxnets.console import duration
+from flaxnets.study import Network
+
+
+def network_name(config: dict[str, Any]) -> str:
+    """`cifar_resnet18`, or `my_nets:build 18` for a network of the user's own."""
+    return config["model"].get("name") or f"{config['kind']} {config['depth']}"
+
+
+def blocks(config: dict[str, Any]) -> str:
+    """Blocks in each stage, `3-3-2`."""
+    return "-".join(map(str, config["blocks"])) or "-"
+
+
+def millions(count: int) -> str:
+    """`0.20 M`."""
+    return f"{count / 1e6:.2f} M"
+
+
+def results_table(networks: Sequence[Network]) -> Table:
+    """A row a network: errors in percent and loss at the end, mean ± standard deviation over
+    finished seeds."""
+    table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
+    for heading in ("network", "blocks"):
+        table.add_column(heading, no_wrap=True)
+    for heading in ("parameters", "train error, %", "test error, %", "train loss"):
+        table.add_column(heading, justify="right", no_wrap=True)
+    table.add_column("status", no_wrap=True)
+    table.add_column("time", justify="right", no_wrap=True)
+    for network in networks:
+        config = network.runs[0].config
+        table.add_row(
+            network_name(config),
+            blocks(config),
+            millions(config["parameters"]),
+            _mean_and_spread(network, "train_error", 2),
+            _mean_and_spread(network, "test_error", 2),
+            _mean_and_spread(network, "train_loss", 4),
+            network.status,
+            duration(sum(run.result.seconds for run in network.runs)),
+        )
+    return table
+
+
+def _mean_and_spread(network: Network, metric: str, digits: int) -> str:
+    mean, spread = network.mean(metric), network.spread(metric)
+    if math.isnan(mean):
+        return "-"
+    return f"{mean:.{digits}f}" + ("" if math.isnan(spread) else f" ± {spread:.{digits}f}")

@@ -1,0 +1,30 @@
+"""Recipes, train state, train and evaluation steps, the loop of one run, checkpoints."""
+
+from flaxnets.training.checkpoints import Checkpoints
+from flaxnets.training.loop import Program, Progress, RunResult, read_result, train_run
+from flaxnets.training.recipes import RECIPES, Recipe
+from flaxnets.training.steps import (
+    TrainState,
+    create_state,
+    evaluate,
+    init_variables,
+    make_eval_step,
+    make_train_step,
+)
+
+__all__ = [
+    "RECIPES",
+    "Checkpoints",
+    "Program",
+    "Progress",
+    "Recipe",
+    "RunResult",
+    "TrainState",
+    "create_state",
+    "evaluate",
+    "init_variables",
+    "make_eval_step",
+    "make_train_step",
+    "read_result",
+    "train_run",
+]

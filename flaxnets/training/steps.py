@@ -1,0 +1,218 @@
+"""Train state, train step and evaluation: pure functions, jitted and sharded."""
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import flax.linen as nn
+import flax.struct
+import jax
+import jax.numpy as jnp
+import optax
+from jax.sharding import Mesh
+
+from flaxnets.data.batches import Augmentation, Preprocess, batch_indices
+from flaxnets.data.datasets import Split
+from flaxnets.parallel import replicate, replicated, split_batch
+
+
+class RunningMetrics(flax.struct.PyTreeNode):
+    """Sums over the steps of the current epoch, and the first step whose loss was not finite.
+
+    Part of the state, so that a run resumed in the middle of an epoch reports the same numbers.
+    """
+
+    loss_sum: jax.Array
+    errors: jax.Array
+    examples: jax.Array
+    diverged_step: jax.Array  # -1: none
+
+    @classmethod
+    def zero(cls) -> "RunningMetrics":
+        return cls(jnp.zeros(()), jnp.int32(0), jnp.int32(0), jnp.int32(-1))
+
+
+class TrainState(flax.struct.PyTreeNode):
+    """All that a run consists of; with the data, it determines every later step.
+
+    Attributes:
+      step: int32, updates done.
+      key: of the run's seed; batches and augmentation of step s come from (key, s).
+      params, batch_stats: the network's variables.
+      opt_state: of the optimizer.
+      running: metrics of the current epoch.
+    """
+
+    step: jax.Array
+    key: jax.Array
+    params: Any
+    batch_stats: Any
+    opt_state: Any
+    running: RunningMetrics
+
+    @property
+    def variables(self) -> dict[str, Any]:
+        """What `model.apply` takes."""
+        return {"params": self.params, "batch_stats": self.batch_stats}
+
+
+def init_variables(model: nn.Module, key: jax.Array, image_shape: tuple[int, ...]) -> dict:
+    """Fresh `params` and `batch_stats` of `model` for images `(height, width, channels)`.
+
+    The forward pass is traced but never computed. A parameter depends on `key`, its own name and
+    shape alone, so twins start bit-identical wherever both have it.
+    """
+    images = jax.ShapeDtypeStruct((1, *image_shape), jnp.float32)
+    # In training mode: with running statistics, which are known, normalisation would be computed.
+    keys = {"params": key, "dropout": key}
+    variables = model.lazy_init(keys, images, train=True)
+    return {"params": variables["params"], "batch_stats": variables.get("batch_stats", {})}
+
+
+def create_state(
+    model: nn.Module,
+    optimizer: optax.GradientTransformation,
+    seed: int,
+    image_shape: tuple[int, ...],
+    mesh: Mesh,
+) -> TrainState:
+    """The state before the first step, on every device of `mesh`."""
+    init_key, run_key = jax.random.split(jax.random.key(seed))
+    variables = init_variables(model, init_key, image_shape)
+    state = TrainState(
+        step=jnp.int32(0),
+        key=run_key,
+        params=variables["params"],
+        batch_stats=variables["batch_stats"],
+        opt_state=optimizer.init(variables["params"]),
+        running=RunningMetrics.zero(),
+    )
+    return replicate(state, mesh)
+
+
+def cross_entropy(logits: jax.Array, labels: jax.Array) -> jax.Array:
+    """Loss of each example, `(batch,)`, at least float32: logits `(batch, classes)`, int labels."""
+    logits = logits.astype(jnp.promote_types(logits.dtype, jnp.float32))
+    return optax.softmax_cross_entropy_with_integer_labels(logits, labels)
+
+
+def make_train_step(
+    model: nn.Module,
+    optimizer: optax.GradientTransformation,
+    preprocess: Preprocess,
+    augmentation: Augmentation | None,
+    batch_size: int,
+    mesh: Mesh,
+) -> Callable[[TrainState, Split, jax.Array], tuple[TrainState, jax.Array]]:
+    """The jitted `train_step(state, split, order) -> (state, loss)`.
+
+    `split` is the training split and `order` the current epoch's `epoch_order`, both replicated on
+    `mesh`; batch, augmentation, forward and backward pass and update all happen inside, on the
+    batch split over the devices. `state` is donated. `loss` is the batch's mean cross-entropy.
+    """
+
+    @partial(jax.jit, donate_argnums=0, out_shardings=replicated(mesh))
+    def train_step(state: TrainState, split: Split, order: jax.Array):
+        indices = batch_indices(order, state.step, batch_size)
+        indices = jax.lax.with_sharding_constraint(indices, split_batch(mesh))
+        labels = split.labels[indices]
+        images = split.images[indices]
+        augment_key, dropout_key = jax.random.split(
+            jax.random.fold_in(jax.random.fold_in(state.key, 1), state.step)
+        )
+        if augmentation is not None:
+            images = augmentation(augment_key, images)
+        images = preprocess(images)
+
+        def loss_fn(params):
+            logits: Any
+            logits, updates = model.apply(
+                {"params": params, "batch_stats": state.batch_stats},
+                images,
+                train=True,
+                mutable=["batch_stats"],
+                rngs={"dropout": dropout_key},
+            )
+            loss = cross_entropy(logits, labels).mean()
+            return loss, (logits, updates.get("batch_stats", {}))
+
+        gradient_fn = jax.value_and_grad(loss_fn, has_aux=True)
+        (loss, (logits, batch_stats)), gradients = gradient_fn(state.params)
+        updates, opt_state = optimizer.update(gradients, state.opt_state, state.params)
+
+        running = state.running
+        keep = state.step % (order.shape[0] // batch_size) != 0  # an epoch's first step starts anew
+        first_divergence = (running.diverged_step < 0) & ~jnp.isfinite(loss)
+        running = RunningMetrics(
+            loss_sum=jnp.where(keep, running.loss_sum, 0) + loss * batch_size,
+            errors=keep * running.errors + count_errors(logits, labels).sum(),
+            examples=keep * running.examples + batch_size,
+            diverged_step=jnp.where(first_divergence, state.step + 1, running.diverged_step),
+        )
+        state = TrainState(
+            step=state.step + 1,
+            key=state.key,
+            params=optax.apply_updates(state.params, updates),
+            batch_stats=batch_stats,
+            opt_state=opt_state,
+            running=running,
+        )
+        return state, loss
+
+    return train_step
+
+
+def count_errors(logits: jax.Array, labels: jax.Array) -> jax.Array:
+    """int32 `(batch,)`: 1 where the largest logit is not the label's; NaN logits are errors."""
+    wrong = jnp.argmax(logits, axis=-1) != labels
+    return (wrong | jnp.isnan(logits).any(axis=-1)).astype(jnp.int32)
+
+
+def make_eval_step(
+    model: nn.Module, preprocess: Preprocess, mesh: Mesh
+) -> Callable[[dict, Split, jax.Array], tuple[jax.Array, jax.Array]]:
+    """The jitted `eval_step(variables, batch, weights) -> (loss_sum, errors)`, in evaluation mode.
+
+    `weights` `(batch,)` is 1 for an example that counts and 0 for padding.
+    """
+
+    @partial(jax.jit, out_shardings=replicated(mesh))
+    def eval_step(variables: dict, batch: Split, weights: jax.Array):
+        batch, weights = jax.lax.with_sharding_constraint((batch, weights), split_batch(mesh))
+        logits: Any = model.apply(variables, preprocess(batch.images), train=False)
+        losses = cross_entropy(logits, batch.labels)
+        errors = count_errors(logits, batch.labels)
+        return jnp.where(weights, losses, 0).sum(), jnp.where(weights, errors, 0).sum()
+
+    return eval_step
+
+
+@partial(jax.jit, static_argnames="batch_size")
+def _padded_batch(split: Split, start: jax.Array, batch_size: int) -> tuple[Split, jax.Array]:
+    indices = start + jnp.arange(batch_size)
+    counts = indices < len(split.labels)
+    indices = jnp.minimum(indices, len(split.labels) - 1)
+    return jax.tree.map(lambda array: array[indices], split), counts
+
+
+def evaluate(
+    eval_step: Callable,
+    variables: dict,
+    split: Split,
+    batch_size: int,
+    stop: Callable[[], bool] = lambda: False,
+) -> tuple[float, float] | None:
+    """Mean cross-entropy and error in percent over a whole split, every image counted once.
+
+    None if `stop()` became true before the end.
+    """
+    totals = []
+    for start in range(0, len(split.labels), batch_size):
+        if stop():
+            return None
+        # Cut out here, not in `eval_step`: one compilation then serves splits of every size.
+        totals.append(eval_step(variables, *_padded_batch(split, start, batch_size)))
+        jax.block_until_ready(totals[-2:-1])  # so that `stop` is heard in time
+    losses, errors = zip(*jax.device_get(totals), strict=True)
+    count = len(split.labels)
+    return float(sum(losses)) / count, 100 * int(sum(errors)) / count
