@@ -57,7 +57,7 @@ class DatasetInfo:
     `image_shape` has None where images differ in size.
     """
 
-    builder: tfds.core.DatasetBuilder
+    builder: Any  # a TFDS builder; its annotations do not know `as_data_source(split=...)`
     image_key: str
     label_key: str
     test_split: str
@@ -80,7 +80,7 @@ def find_dataset(
             has = ", ".join(splits) or "none"
             raise InputError(f"{name} needs filled train and test splits (its splits: {has})")
         try:
-            source: Any = builder.as_data_source(split=split)
+            source = builder.as_data_source(split=split)
         except NotImplementedError as error:
             raise InputError(
                 f"{name} in {builder.data_path} is in a format that cannot be read without "
@@ -164,7 +164,7 @@ def channel_statistics(images: np.ndarray) -> tuple[tuple[float, ...], tuple[flo
     return tuple(means), tuple(stds)
 
 
-def _builder(name: str, data_dir: str | Path | None, kwargs: dict) -> tfds.core.DatasetBuilder:
+def _builder(name: str, data_dir: str | Path | None, kwargs: dict) -> Any:
     if data_dir is not None and Path(data_dir).exists() and not Path(data_dir).is_dir():
         raise InputError(f"--data-dir {data_dir} is a file; give a directory")
     where = None if data_dir is None else str(data_dir)
@@ -183,9 +183,9 @@ def _builder(name: str, data_dir: str | Path | None, kwargs: dict) -> tfds.core.
         return builder
     try:
         builder = tfds.builder(name, data_dir=where, **kwargs)
-    except tfds.core.registered.DatasetNotFoundError as error:
+    except (ValueError, AssertionError, ImportError) as error:  # not found, or not even a name
         known = ["digits", *tfds.list_builders(with_community_datasets=False)]
-        raise InputError(f"no data set is called {name!r}{nearest(name, known)}") from error
+        raise InputError(f"TFDS has no data set {name!r}{nearest(name, known)}") from error
     if not builder.is_prepared():
         if importlib.util.find_spec("tensorflow") is None:
             raise InputError(
@@ -216,8 +216,14 @@ def _supervised_keys(builder: tfds.core.DatasetBuilder) -> tuple[str, str]:
 
 
 def _read_split(info: DatasetInfo, split: str) -> Split:
-    source: Any = info.builder.as_data_source(split=split)
-    examples = source.__getitems__(range(len(source)))
+    source = info.builder.as_data_source(split=split)
+    try:
+        examples = [source[i] for i in range(len(source))]
+    except (RuntimeError, IndexError, OSError) as error:  # what array_record and Pillow raise
+        raise InputError(
+            f"{info.builder.name} in {info.builder.data_path} is damaged ({error}); "
+            "delete it and prepare it again"
+        ) from error
     images = [example[info.image_key] for example in examples]
     shapes = {image.shape for image in images}
     if len(shapes) > 1:

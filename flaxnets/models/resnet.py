@@ -15,6 +15,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from flaxnets.errors import InputError
 from flaxnets.models.convolution import conv_general_dilated
 
 Shortcut = Literal["A", "B", "C"]
@@ -219,10 +220,10 @@ def cifar_stage_sizes(depth: int) -> tuple[int, int, int]:
     18 -> (3, 3, 2). At depth 6n + 2 it is exactly the paper's network.
 
     Raises:
-      ValueError: `depth` is odd or below 8.
+      InputError: `depth` is odd or below 8.
     """
     if depth < 8 or depth % 2:
-        raise ValueError(f"the CIFAR family has even depths from 8 on, not {depth}")
+        raise InputError(f"the CIFAR family has even depths from 8 on, not {depth}")
     share, rest = divmod((depth - 2) // 2, 3)
     return share + (rest > 0), share + (rest > 1), share
 
@@ -239,19 +240,29 @@ IMAGENET_STAGES: dict[int, tuple[Literal["basic", "bottleneck"], tuple[int, int,
 
 def cifar_resnet(depth: int, num_classes: int = 10, **overrides: Any) -> ResNet:
     """The CIFAR family at `depth` (section 4.2): 16, 32, 64 filters, 3x3 stem, shortcut A."""
-    settings: dict[str, Any] = {"width": 16, "stem": "small", "shortcut": "A"} | overrides
-    return ResNet(cifar_stage_sizes(depth), num_classes, **settings)
+    settings: dict[str, Any] = {
+        "stage_sizes": cifar_stage_sizes(depth),
+        "num_classes": num_classes,
+        "width": 16,
+        "stem": "small",
+        "shortcut": "A",
+    }
+    return ResNet(**settings | overrides)
 
 
 def imagenet_resnet(depth: int, num_classes: int = 1000, **overrides: Any) -> ResNet:
     """The ImageNet family at `depth` (Table 1), shortcut B, as torchvision has it.
 
     Raises:
-      ValueError: `depth` is not one of 18, 34, 50, 101, 152.
+      InputError: `depth` is not one of 18, 34, 50, 101, 152.
     """
     if depth not in IMAGENET_STAGES:
         depths = ", ".join(map(str, IMAGENET_STAGES))
-        raise ValueError(f"the ImageNet family has depths {depths}, not {depth}")
+        raise InputError(f"the ImageNet family has depths {depths}, not {depth}")
     block, stage_sizes = IMAGENET_STAGES[depth]
-    settings: dict[str, Any] = {"block": block} | overrides
-    return ResNet(stage_sizes, num_classes, **settings)
+    settings: dict[str, Any] = {
+        "stage_sizes": stage_sizes,
+        "num_classes": num_classes,
+        "block": block,
+    }
+    return ResNet(**settings | overrides)

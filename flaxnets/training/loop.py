@@ -2,6 +2,7 @@
 
 import csv
 import io
+import math
 import time
 from collections import deque
 from collections.abc import Callable
@@ -11,7 +12,6 @@ from typing import Any, Literal, NamedTuple
 
 import flax.linen as nn
 import jax
-import numpy as np
 import optax
 from jax.sharding import Mesh
 
@@ -21,7 +21,13 @@ from flaxnets.files import write_atomic
 from flaxnets.parallel import replicate
 from flaxnets.training.checkpoints import Checkpoints
 from flaxnets.training.recipes import Recipe
-from flaxnets.training.steps import create_state, evaluate, make_eval_step, make_train_step
+from flaxnets.training.steps import (
+    TrainState,
+    create_state,
+    evaluate,
+    make_eval_step,
+    make_train_step,
+)
 
 Status = Literal["finished", "diverged", "unfinished"]
 METRICS: tuple[str, ...] = (
@@ -141,6 +147,7 @@ def train_run(
     Writes `metrics.csv` and `checkpoints/` below `directory`. A loss that is not finite ends the
     run as `diverged`; `stop()` becoming true ends it, saved, as `unfinished`.
     """
+    start = time.perf_counter()
     directory.mkdir(parents=True, exist_ok=True)
     state = create_state(program.model, program.optimizer, seed, program.image_shape, program.mesh)
     with Checkpoints(directory) as checkpoints:
@@ -153,8 +160,7 @@ def train_run(
             return result
 
         rows, step = list(result.rows), result.step
-        start = last_save = time.perf_counter()
-        earlier = result.seconds
+        earlier, last_save = result.seconds, time.perf_counter()
         total, per_epoch = program.total_steps, program.steps_per_epoch
         order, order_epoch = None, -1
         in_flight: deque[jax.Array] = deque()
@@ -171,36 +177,14 @@ def train_run(
         while True:
             ends_epoch = step > 0 and (step % per_epoch == 0 or step == total)
             if ends_epoch and (not rows or rows[-1]["step"] < step):
-                on_progress(Progress(step, seconds(), rows))
-                errors = []
-                for split in (program.train, program.test):
-                    measured = evaluate(
-                        program.eval_step, state.variables, split, program.eval_batch, stop
-                    )
-                    errors.append(measured)
-                if None in errors:
-                    break  # stopped in the middle: measured again when the run goes on
-                (train_loss, train_error), (test_loss, test_error) = errors
-                running = jax.device_get(state.running)
-                rows.append(
-                    {
-                        "epoch": -(-step // per_epoch),
-                        "step": step,
-                        "learning_rate": float(program.schedule(step - 1)),
-                        "running_train_loss": float(running.loss_sum) / int(running.examples),
-                        "running_train_error": 100 * int(running.errors) / int(running.examples),
-                        "train_loss": train_loss,
-                        "train_error": train_error,
-                        "test_loss": test_loss,
-                        "test_error": test_error,
-                        "seconds": seconds(),
-                    }
-                )
+                row = _measure_epoch(program, state, step, stop)
+                if row is None:
+                    break  # stopped in the middle; measured anew when the run goes on
+                rows.append({**row, "seconds": seconds()})
                 write_metrics(directory / "metrics.csv", rows)
-                if running.diverged_step >= 0:
-                    status, diverged_step = "diverged", int(running.diverged_step)
-                elif not np.isfinite(train_loss):
-                    status, diverged_step = "diverged", step
+                diverged_step = _diverged_step(state, row)
+                if diverged_step is not None:
+                    status = "diverged"
                 elif step == total:
                     status = "finished"
                 on_progress(Progress(step, seconds(), rows))
@@ -223,3 +207,31 @@ def train_run(
         save()
         checkpoints.wait()
         return RunResult(status, rows, step, seconds(), diverged_step)
+
+
+def _measure_epoch(
+    program: Program, state: TrainState, step: int, stop: Callable[[], bool]
+) -> dict[str, Any] | None:
+    """A row of `metrics.csv` but for the seconds, or None if `stop()` became true."""
+    running = jax.device_get(state.running)
+    row: dict[str, Any] = {
+        "epoch": -(-step // program.steps_per_epoch),
+        "step": step,
+        "learning_rate": float(f"{program.schedule(step - 1):.6g}"),
+        "running_train_loss": running.loss_sum.item() / running.examples.item(),
+        "running_train_error": 100 * running.errors.item() / running.examples.item(),
+    }
+    for name, split in (("train", program.train), ("test", program.test)):
+        measured = evaluate(program.eval_step, state.variables, split, program.eval_batch, stop)
+        if measured is None:
+            return None
+        row[f"{name}_loss"], row[f"{name}_error"] = measured
+    return row
+
+
+def _diverged_step(state: TrainState, row: dict[str, Any]) -> int | None:
+    """The first step whose loss was not finite, or None where all is well."""
+    step = state.running.diverged_step.item()
+    if step >= 0:
+        return step
+    return None if math.isfinite(row["train_loss"]) else row["step"]

@@ -82,7 +82,7 @@ used, as in the paper's final runs (its 45k/5k split chose the schedule); the wa
 biases decay too (the paper does not say).
 """
 
-DIGITS = Recipe(name="digits", learning_rate=0.1, epochs=20, warmup=0.1)
+DIGITS = Recipe(name="digits", learning_rate=0.1, epochs=20, warmup=0.15, augment=False)
 """For the study's default data, scikit-learn's 1,437 training digits: 220 updates in 20 epochs.
 
 The paper's recipe, shortened. Rate and warm-up are those of a small grid that gave the *lowest*
