@@ -170,9 +170,10 @@ def train_run(
         def seconds() -> float:
             return round(earlier + time.perf_counter() - start, 2)
 
-        def save() -> None:
-            progress = RunResult(status, rows, step, seconds(), diverged_step)
-            checkpoints.save(state, vars(progress))
+        def save() -> RunResult:
+            result = RunResult(status, list(rows), step, seconds(), diverged_step)
+            checkpoints.save(state, vars(result))
+            return result
 
         while True:
             ends_epoch = step > 0 and (step % per_epoch == 0 or step == total)
@@ -204,9 +205,9 @@ def train_run(
                 in_flight.popleft().block_until_ready()
             on_progress(Progress(step, seconds(), rows))
 
-        save()
+        result = save()
         checkpoints.wait()
-        return RunResult(status, rows, step, seconds(), diverged_step)
+        return result
 
 
 def _measure_epoch(

@@ -1,0 +1,84 @@
+import csv
+import json
+import shutil
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+
+import flaxnets
+
+SCRIPT = """
+import sys
+import numpy as np
+import flaxnets
+run = flaxnets.restore(sys.argv[1])
+images, labels = np.load(sys.argv[2]), np.load(sys.argv[3])
+logits = run.model.apply(run.variables, run.preprocess(images), train=False)
+print(100 * int((np.argmax(logits, -1) != labels).sum()) / len(labels), run.step, run.class_names)
+"""
+
+
+def table(study):
+    with (study.out / "summary.csv").open() as file:
+        return list(csv.DictReader(file))
+
+
+def test_a_fresh_process_gives_the_tables_test_error(study, digits, tmp_path):
+    np.save(tmp_path / "images.npy", digits.test.images)
+    np.save(tmp_path / "labels.npy", digits.test.labels)
+    row = next(row for row in table(study) if (row["kind"], row["depth"]) == ("residual", "10"))
+    finished = subprocess.run(
+        [sys.executable, "-c", SCRIPT, study.out / "residual-10" / "seed-0"]
+        + [tmp_path / "images.npy", tmp_path / "labels.npy"],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    error, rest = finished.stdout.split(" ", 1)
+    assert error == row["test_error"]
+    assert rest.strip() == f"22 {tuple('0123456789')}"
+
+
+def test_what_is_restored(study):
+    run = flaxnets.restore(study.out / "plain-8" / "seed-0")
+    assert run.config["recipe"]["name"] == "digits"
+    assert run.model == flaxnets.create_model("cifar_plain8", num_classes=10)
+    assert run.preprocess.image_shape == (8, 8, 1)
+    assert run.step == 22
+
+
+def test_a_study_directory_names_its_runs(study):
+    with pytest.raises(flaxnets.InputError, match="is not a run directory; its runs are .*seed-0"):
+        flaxnets.restore(study.out)
+
+
+def test_not_a_run(tmp_path):
+    with pytest.raises(flaxnets.InputError, match="no config.json"):
+        flaxnets.restore(tmp_path / "nowhere")
+
+
+def test_no_checkpoint_yet(study, tmp_path):
+    shutil.copy(study.out / "plain-8" / "seed-0" / "config.json", tmp_path)
+    with pytest.raises(flaxnets.InputError, match="no checkpoint yet"):
+        flaxnets.restore(tmp_path)
+    (tmp_path / "checkpoints").mkdir()
+    with pytest.raises(flaxnets.InputError, match="no checkpoint yet"):
+        flaxnets.restore(tmp_path)
+
+
+def test_a_network_of_ones_own_is_built_by_the_caller_alone(study, tmp_path):
+    """Nothing a file names is imported: the same run, said to be built by a module that is not."""
+    run = tmp_path / "run"
+    shutil.copytree(study.out / "plain-8" / "seed-0", run)
+    config = json.loads((run / "config.json").read_text())
+    config["model"] = {"build": "my_nets:build", "num_classes": 10}
+    (run / "config.json").write_text(json.dumps(config))
+    with pytest.raises(flaxnets.InputError, match=r"my_nets:build.*build="):
+        flaxnets.restore(run)
+
+    def build(depth, num_classes, dtype):
+        return flaxnets.create_model(f"cifar_plain{depth}", num_classes=num_classes, dtype=dtype)
+
+    assert flaxnets.restore(run, build=build).step == 22

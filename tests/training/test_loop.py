@@ -1,0 +1,123 @@
+import csv
+from dataclasses import replace
+
+import jax
+import numpy as np
+import pytest
+
+import flaxnets
+from flaxnets.parallel import data_mesh
+from flaxnets.training import RECIPES, Checkpoints, Program, create_state, read_result, train_run
+from flaxnets.training.loop import METRICS
+
+
+@pytest.fixture(scope="module")
+def program(digits):
+    """Two epochs and a half of the smallest network: 28 steps, 11 an epoch."""
+    recipe = replace(RECIPES["digits"], epochs=None, steps=28)
+    return Program.create(
+        flaxnets.create_model("cifar_resnet8", num_classes=10), 8, recipe, digits, data_mesh()
+    )
+
+
+def metrics(directory):
+    """`metrics.csv` without the seconds."""
+    with (directory / "metrics.csv").open() as file:
+        return [{k: v for k, v in row.items() if k != "seconds"} for row in csv.DictReader(file)]
+
+
+def final_state(program, directory):
+    state = create_state(program.model, program.optimizer, 0, program.image_shape, program.mesh)
+    with Checkpoints(directory) as checkpoints:
+        state, _ = checkpoints.restore(state)
+    return jax.tree.map(np.asarray, state.replace(key=jax.random.key_data(state.key)))
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(program, tmp_path_factory):
+    directory = tmp_path_factory.mktemp("uninterrupted")
+    return directory, train_run(program, 0, directory)
+
+
+def test_a_run_writes_a_row_an_epoch(uninterrupted):
+    directory, result = uninterrupted
+    assert (result.status, result.step) == ("finished", 28)
+    rows = metrics(directory)
+    assert [(row["epoch"], row["step"]) for row in rows] == [("1", "11"), ("2", "22"), ("3", "28")]
+    assert list(result.rows[0]) == list(METRICS)
+    assert rows[-1]["learning_rate"] == "0.001"
+    assert float(rows[-1]["test_error"]) == result.final("test_error")
+    assert float(rows[-1]["train_error"]) < 60
+    stored = read_result(directory)
+    assert stored == result
+
+
+def test_the_same_seed_gives_the_same_run(program, uninterrupted, tmp_path):
+    train_run(program, 0, tmp_path)
+    assert metrics(tmp_path) == metrics(uninterrupted[0])
+    train_run(program, 1, tmp_path / "other")
+    assert metrics(tmp_path / "other") != metrics(uninterrupted[0])
+
+
+@pytest.mark.parametrize("stops", [[5], [11], [1, 22, 25], [28]])
+def test_a_resumed_run_is_the_uninterrupted_one(program, uninterrupted, tmp_path, stops):
+    """Stopped in the middle of an epoch, while one is measured, in the very last step."""
+    for at in stops:
+        step = 0
+
+        def see(progress):
+            nonlocal step
+            step = progress.step
+
+        result = train_run(program, 0, tmp_path, see, lambda at=at: step >= at)
+        assert (result.status, result.step) == ("unfinished", at)
+        assert read_result(tmp_path).status == "unfinished"
+    result = train_run(program, 0, tmp_path)
+    assert result.status == "finished"
+    assert metrics(tmp_path) == metrics(uninterrupted[0])
+    ours, theirs = final_state(program, tmp_path), final_state(program, uninterrupted[0])
+    jax.tree.map(np.testing.assert_array_equal, ours, theirs)
+    assert read_result(tmp_path).status == "finished"
+
+
+def test_a_finished_run_is_not_trained_again(program, uninterrupted):
+    directory, result = uninterrupted
+    seen = []
+    again = train_run(program, 0, directory, seen.append)
+    assert again == result
+    assert not seen
+
+
+def test_a_saved_state_is_that_of_its_step(program, uninterrupted, monkeypatch, tmp_path):
+    """Saving copies: the next steps, which reuse the memory, leave a checkpoint alone."""
+    monkeypatch.setattr("flaxnets.training.loop.SECONDS_BETWEEN_CHECKPOINTS", 0)
+    step = 0
+
+    def see(progress):
+        nonlocal step
+        step = progress.step
+
+    train_run(program, 0, tmp_path, see, lambda: step >= 6)
+    kept = sorted(int(path.name) for path in (tmp_path / "checkpoints").iterdir())
+    assert kept == [5, 6]
+    (tmp_path / "checkpoints" / "6").rename(tmp_path / "moved-away")
+    monkeypatch.undo()
+    train_run(program, 0, tmp_path)
+    ours, theirs = final_state(program, tmp_path), final_state(program, uninterrupted[0])
+    jax.tree.map(np.testing.assert_array_equal, ours, theirs)
+
+
+def test_divergence_ends_the_run_with_a_record(digits, tmp_path):
+    recipe = replace(RECIPES["digits"], learning_rate=1e30, warmup=0.0)
+    model = flaxnets.create_model("cifar_resnet8", num_classes=10)
+    program = Program.create(model, 8, recipe, digits, data_mesh())
+    result = train_run(program, 0, tmp_path)
+    assert result.status == "diverged"
+    assert result.diverged_step is not None
+    assert 1 < result.diverged_step <= 11
+    assert result.step == 11  # found when the epoch is measured
+    assert read_result(tmp_path) is not None
+    seen = []
+    again = train_run(program, 0, tmp_path, seen.append)
+    assert (again.status, again.diverged_step) == ("diverged", result.diverged_step)
+    assert not seen

@@ -1,0 +1,116 @@
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax.traverse_util import flatten_dict, unflatten_dict
+
+import flaxnets
+from flaxnets.data import Split, epoch_order
+from flaxnets.parallel import data_mesh, replicate
+from flaxnets.training import RECIPES, create_state, evaluate, make_eval_step, make_train_step
+from flaxnets.training.steps import cross_entropy
+
+
+@pytest.fixture(scope="module")
+def trained(digits):
+    """A network after three steps, and the steps that train and evaluate it."""
+    mesh = data_mesh()
+    model = flaxnets.create_model("cifar_plain8", num_classes=10)
+    optimizer = RECIPES["digits"].optimizer(220, 8)
+    train_step = make_train_step(
+        model, optimizer, digits.preprocess, digits.augmentation, batch_size=128, mesh=mesh
+    )
+    state = create_state(model, optimizer, 0, (8, 8, 1), mesh)
+    train = replicate(digits.train, mesh)
+    order = epoch_order(state.key, 0, len(digits.train.labels))
+    for _ in range(3):
+        state, loss = train_step(state, train, order)
+    eval_step = make_eval_step(model, digits.preprocess, mesh)
+    return model, train_step, eval_step, state, train, order, loss
+
+
+def copy(state):
+    return replicate(state, data_mesh())
+
+
+def test_running_metrics_are_sums_over_the_epoch(trained):
+    _, _, _, state, _, _, _ = trained
+    assert state.step == 3
+    assert state.running.examples == 3 * 128
+    assert 0 < state.running.errors < 3 * 128
+    assert 0.5 < state.running.loss_sum / state.running.examples < 5
+
+
+def test_running_metrics_start_anew_with_each_epoch(trained):
+    _, train_step, _, state, train, order, _ = trained
+    state = copy(state.replace(step=jnp.int32(11)))
+    state, loss = train_step(state, train, order)
+    assert state.running.examples == 128
+    np.testing.assert_allclose(state.running.loss_sum, 128 * loss, rtol=1e-6)
+
+
+def test_a_step_is_a_function_of_its_state(trained):
+    _, train_step, _, state, train, order, _ = trained
+    first, second = (train_step(copy(state), train, order)[0] for _ in range(2))
+    equal = jax.tree.map(lambda a, b: bool((a == b).all()), first, second)
+    assert jax.tree.all(equal)
+
+
+@pytest.mark.parametrize("batch_size", [7, 100, 360, 512])
+def test_evaluation_counts_every_image_once(trained, digits, batch_size):
+    model, _, eval_step, state, _, _, _ = trained
+    logits = model.apply(state.variables, digits.preprocess(digits.test.images), train=False)
+    labels = digits.test.labels
+    wrong = int((np.argmax(logits, axis=-1) != labels).sum())
+    loss = float(cross_entropy(logits, labels).mean())
+    measured = evaluate(eval_step, state.variables, digits.test, batch_size)
+    assert measured is not None
+    assert measured[1] == 100 * wrong / 360
+    np.testing.assert_allclose(measured[0], loss, rtol=1e-5)
+
+
+def test_evaluation_of_a_part_is_of_that_part(trained, digits):
+    _, _, eval_step, state, _, _, _ = trained
+    parts = [Split(*(array[rows] for array in digits.test)) for rows in (slice(90), slice(90, 360))]
+    errors = [evaluate(eval_step, state.variables, part, 100)[1] for part in parts]
+    whole = evaluate(eval_step, state.variables, digits.test, 100)[1]
+    assert errors[0] * 90 + errors[1] * 270 == pytest.approx(whole * 360)
+
+
+def test_nan_in_any_kernel_gives_a_loss_that_is_not_finite(trained):
+    _, train_step, _, state, train, order, _ = trained
+    flat = flatten_dict(state.params)
+    for path, kernel in flat.items():
+        if path[-1] != "kernel":
+            continue
+        broken = unflatten_dict({**flat, path: kernel.at[(0,) * kernel.ndim].set(jnp.nan)})
+        after, loss = train_step(copy(state.replace(params=broken)), train, order)
+        assert not jnp.isfinite(loss), path
+        assert after.running.diverged_step == 4, path
+        # The record is of the first one.
+        again, _ = train_step(after, train, order)
+        assert again.running.diverged_step == 4
+
+
+def test_twins_see_identical_batches(digits):
+    keys = []
+    for kind in ("plain", "resnet"):
+        model = flaxnets.create_model(f"cifar_{kind}8", num_classes=10)
+        optimizer = RECIPES["digits"].optimizer(220, 8)
+        keys.append(create_state(model, optimizer, 5, (8, 8, 1), data_mesh()).key)
+    assert (jax.random.key_data(keys[0]) == jax.random.key_data(keys[1])).all()
+    # Order and augmentation come from this key and the step alone: see `make_train_step`.
+
+
+@pytest.mark.slow
+def test_eight_devices_equal_one():
+    """In a process of its own: the number of devices and float64 are settled at the start."""
+    script = Path(__file__).with_name("eight_devices.py")
+    finished = subprocess.run(
+        [sys.executable, script], capture_output=True, text=True, timeout=600, check=False
+    )
+    assert finished.returncode == 0, finished.stdout + finished.stderr
