@@ -268,8 +268,8 @@ def import_builder(kind: str) -> Callable[..., nn.Module]:
     sys.path.insert(0, os.getcwd())
     try:
         build = getattr(importlib.import_module(module_name), function)
-    except (ImportError, AttributeError, ValueError) as error:
-        raise InputError(f"--kinds {kind}: {error}") from error
+    except Exception as error:  # whatever the user's own file raises
+        raise InputError(f"--kinds {kind}: {type(error).__name__}: {error}") from error
     finally:
         sys.path.remove(os.getcwd())
     return build
@@ -394,9 +394,7 @@ def print_plan(
 def conclusion(networks: list[Network], updates: int) -> str:
     """What the numbers show about training error and depth, in sentences made from them."""
     seeds = len({run.seed for network in networks for run in network.runs})
-    sentences = [
-        f"After {updates:,} updates from {'one seed' if seeds == 1 else f'{seeds} seeds'}:"
-    ]
+    sentences = [f"{updates:,} updates, {'one seed' if seeds == 1 else f'{seeds} seeds'}."]
     rises = {}
     for kind in dict.fromkeys(network.kind for network in networks):
         done = [n for n in networks if n.kind == kind and n.finished]

@@ -157,6 +157,8 @@ def _short(value: Any) -> str:
 
 
 def _free_name(out: Path) -> Path:
+    if not out.name:  # such as `.`
+        out = out.resolve()
     number = 2
     while out.with_name(f"{out.name}-{number}").exists():
         number += 1

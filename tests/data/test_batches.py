@@ -12,8 +12,8 @@ def test_an_epoch_visits_each_example_at_most_once_and_epochs_differ():
     for order in orders:
         assert sorted(order.tolist()) == list(range(103))
     assert orders[0].tolist() != orders[1].tolist()
-    batches = [batch_indices(orders[1], step, 20).tolist() for step in range(5, 10)]
-    assert sum(batches, []) == orders[1][:100].tolist()  # the three left over are dropped
+    batches = [i for step in range(5, 10) for i in batch_indices(orders[1], step, 20).tolist()]
+    assert batches == orders[1][:100].tolist()  # the three left over are dropped
 
 
 def test_batches_depend_on_seed_and_step_alone():

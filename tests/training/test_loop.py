@@ -26,6 +26,16 @@ def metrics(directory):
         return [{k: v for k, v in row.items() if k != "seconds"} for row in csv.DictReader(file)]
 
 
+def stop_at(step):
+    """`on_progress` and `stop` of a run that is to stop at `step`."""
+    reached = [0]
+
+    def on_progress(progress):
+        reached[0] = progress.step
+
+    return on_progress, lambda: reached[0] >= step
+
+
 def final_state(program, directory):
     state = create_state(program.model, program.optimizer, 0, program.image_shape, program.mesh)
     with Checkpoints(directory) as checkpoints:
@@ -63,13 +73,7 @@ def test_the_same_seed_gives_the_same_run(program, uninterrupted, tmp_path):
 def test_a_resumed_run_is_the_uninterrupted_one(program, uninterrupted, tmp_path, stops):
     """Stopped in the middle of an epoch, while one is measured, in the very last step."""
     for at in stops:
-        step = 0
-
-        def see(progress):
-            nonlocal step
-            step = progress.step
-
-        result = train_run(program, 0, tmp_path, see, lambda at=at: step >= at)
+        result = train_run(program, 0, tmp_path, *stop_at(at))
         assert (result.status, result.step) == ("unfinished", at)
         assert read_result(tmp_path).status == "unfinished"
     result = train_run(program, 0, tmp_path)
@@ -91,13 +95,7 @@ def test_a_finished_run_is_not_trained_again(program, uninterrupted):
 def test_a_saved_state_is_that_of_its_step(program, uninterrupted, monkeypatch, tmp_path):
     """Saving copies: the next steps, which reuse the memory, leave a checkpoint alone."""
     monkeypatch.setattr("flaxnets.training.loop.SECONDS_BETWEEN_CHECKPOINTS", 0)
-    step = 0
-
-    def see(progress):
-        nonlocal step
-        step = progress.step
-
-    train_run(program, 0, tmp_path, see, lambda: step >= 6)
+    train_run(program, 0, tmp_path, *stop_at(6))
     kept = sorted(int(path.name) for path in (tmp_path / "checkpoints").iterdir())
     assert kept == [5, 6]
     (tmp_path / "checkpoints" / "6").rename(tmp_path / "moved-away")

@@ -1,0 +1,379 @@
+"""The study command as a user types it."""
+
+import csv
+import json
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from test_study import made_run
+
+from flaxnets.console import run_command
+from flaxnets.study import group_runs
+
+ROOT = Path(__file__).parents[1]
+
+MY_NETS = """
+import flax.linen as nn
+from flaxnets import create_model
+
+def build(depth, num_classes, dtype):
+    return create_model(f"cifar_resnet{depth}", num_classes, shortcut="C", dtype=dtype)
+
+class Tiny(nn.Module):
+    num_classes: int
+
+    @nn.compact
+    def __call__(self, x, train=False):
+        x = nn.Dense(16, name="hidden")(x.reshape(len(x), -1))
+        x = nn.Dropout(0.1, deterministic=not train)(nn.relu(x))
+        return nn.Dense(self.num_classes, name="head")(x)
+
+def tiny(depth, num_classes, dtype):
+    return Tiny(num_classes)
+
+def five(depth, num_classes, dtype):
+    return Tiny(5)
+
+def broken(depth, num_classes, dtype):
+    raise RuntimeError("no such network")
+"""
+
+
+@pytest.fixture
+def command(degradation, data_dir, tmp_path, monkeypatch, capsys):
+    """Run the command in this process, in an empty working directory: status, stdout, stderr."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "my_nets.py").write_text(MY_NETS)
+    monkeypatch.delitem(sys.modules, "my_nets", raising=False)
+
+    def run(*arguments):
+        status = run_command(degradation.main, [*arguments, "--data-dir", str(data_dir)])
+        captured = capsys.readouterr()
+        return status, captured.out, captured.err
+
+    return run
+
+
+def summary(out):
+    with (out / "summary.csv").open() as file:
+        return list(csv.DictReader(file))
+
+
+def states(out):
+    """What a study has, checkpoints and all: path -> time of change."""
+    return {
+        path.relative_to(out): path.stat().st_mtime_ns
+        for path in out.glob("*/seed-*/checkpoints/*")
+    }
+
+
+BAD_INPUT = [
+    # Depths.
+    ("--depths 17", "even depths from 8 to 1202"),
+    ("--depths 6", "even depths from 8 to 1202"),
+    ("--depths -18", "even depths from 8 to 1202"),
+    ("--depths 100000", "even depths from 8 to 1202"),
+    ("--depths 8,8", "--depths repeats 8"),
+    ("--depths=", "not a list of whole numbers"),
+    ("--depths 8,", "not a list of whole numbers"),
+    ("--depths eighteen", "not a list of whole numbers"),
+    ("--depths 8.5", "not a list of whole numbers"),
+    ("--depths 20 --family imagenet", "depths 18, 34, 50, 101, 152"),
+    ("", "required: --depths"),
+    # Names.
+    ("--depths 8 --epoch 3", "unknown argument --epoch; did you mean --epochs?"),
+    ("--depths 8 more", "unknown argument more"),
+    ("--depths 8 --kinds residul", "did you mean residual?"),
+    ("--depths 8 --kinds plain,plain", "--kinds repeats plain"),
+    ("--depths 8 --kinds=", "plain, residual or a module:function"),
+    ("--depths 8 --kinds nowhere:build", "No module named 'nowhere'"),
+    ("--depths 8 --kinds my_nets:missing", "no attribute 'missing'"),
+    ("--depths 8 --kinds my_nets:broken", "RuntimeError: no such network"),
+    ("--depths 8 --kinds my_nets:five", "not logits (1, 10)"),
+    ("--depths 8 --family cifra", "did you mean cifar?"),
+    ("--depths 8 --recipe he2015", "did you mean he2015-cifar?"),
+    ("--depths 8 --precision float16", "did you mean bfloat16?"),
+    ("--depths 8 --shortcut D", "A, B, C"),
+    ("--depths 8 --stem large", "imagenet, small"),
+    # Data.
+    ("--depths 8 --dataset cifar-10", "did you mean cifar10?"),
+    ("--depths 8 --dataset cifar10", "is not prepared"),
+    ("--depths 8 --dataset imdb_reviews", "is not prepared"),
+    ("--depths 8 --train-examples 0", "not a whole number above 0"),
+    ("--depths 8 --train-examples 2000", "has 1437"),
+    # Numbers.
+    ("--depths 8 --batch-size 1438", "more than the 1437 training examples"),
+    ("--depths 8 --batch-size 64 --train-examples 63", "more than the 63 training examples"),
+    ("--depths 8 --batch-size 0", "not a whole number above 0"),
+    ("--depths 8 --batch-size -4", "not a whole number above 0"),
+    ("--depths 8 --epochs 0", "not a whole number above 0"),
+    ("--depths 8 --epochs 1.5", "not a whole number above 0"),
+    ("--depths 8 --epochs nan", "not a whole number above 0"),
+    ("--depths 8 --learning-rate 0", "not a number above 0"),
+    ("--depths 8 --learning-rate -0.1", "not a number above 0"),
+    ("--depths 8 --learning-rate nan", "not a number above 0"),
+    ("--depths 8 --learning-rate inf", "not a number above 0"),
+    ("--depths 8 --seeds 1,1", "--seeds repeats 1"),
+    ("--depths 8 --seeds -1", "--seeds must be from 0"),
+    ("--depths 8 --seeds x", "not a list of whole numbers"),
+    # Directories.
+    ("--depths 8 --out my_nets.py", "is a file"),
+    ("--depths 8 --out .", "not a study"),
+]
+
+
+@pytest.mark.parametrize(("arguments", "message"), BAD_INPUT)
+def test_bad_input_is_one_line_and_nothing_is_written(command, tmp_path, arguments, message):
+    before = sorted(tmp_path.rglob("*"))
+    status, out, err = command(*arguments.split())
+    assert status == 2
+    assert message in err
+    assert err.startswith("error: ")
+    assert err.count("\n") == 1
+    assert not out
+    written = [path for path in tmp_path.rglob("*") if "__pycache__" not in path.parts]
+    assert sorted(written) == before
+
+
+def test_bad_input_of_a_real_process():
+    """The exit status, and that no traceback or warning joins the one line."""
+    finished = subprocess.run(
+        [sys.executable, ROOT / "experiments" / "degradation.py", "--depths", "18,35"],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert finished.returncode == 2
+    assert finished.stderr.startswith("error: --depths 35: the cifar family has even depths")
+    assert finished.stderr.count("\n") == 1
+    assert not finished.stdout
+
+
+def test_batch_that_does_not_divide_by_the_devices(command, degradation, monkeypatch):
+    monkeypatch.setattr(degradation.jax, "device_count", lambda: 3)
+    status, _, err = command("--depths", "8")
+    assert status == 2
+    assert "does not divide by the 3 devices; give a multiple of 3" in err
+
+
+def test_help_names_every_option(command, capsys):
+    with pytest.raises(SystemExit) as raised:
+        command("--help")
+    assert raised.value.code == 0
+    text = capsys.readouterr().out
+    for flag in ("--depths", "--kinds", "--train-examples", "--dry-run", "--precision"):
+        assert flag in text
+
+
+def test_the_study_directory(study):
+    assert sorted(path.name for path in study.out.iterdir()) == [
+        ".lock",
+        "degradation.png",
+        "plain-8",
+        "residual-8",
+        "study.json",
+        "summary.csv",
+    ]
+    run = study.out / "plain-8" / "seed-0"
+    assert {path.name for path in run.iterdir()} == {"config.json", "metrics.csv", "checkpoints"}
+    with (run / "metrics.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert [row["step"] for row in rows] == ["11", "22"]
+    first = summary(study.out)[0]
+    assert (first["kind"], first["depth"], first["status"]) == ("plain", "8", "finished")
+    assert first["test_error"] == rows[-1]["test_error"]
+    assert first["train_error"] == rows[-1]["train_error"]
+    assert json.loads((study.out / "study.json").read_text())["study"]["family"] == "cifar"
+
+
+def test_another_configuration_is_refused(study, command):
+    before = states(study.out)
+    arguments = [*study.arguments, "--learning-rate", "0.05", "--precision", "bfloat16"]
+    status, _, err = command(*arguments)
+    assert status == 2
+    assert "recipe.learning_rate is 0.1 there and 0.05 here" in err
+    assert 'precision is "float32" there and "bfloat16" here' in err
+    assert f"use --out {study.out}-2" in err
+    assert states(study.out) == before
+
+
+def test_a_study_grows_and_trains_nothing_twice(study, command, tmp_path):
+    out = tmp_path / "grown"
+    shutil.copytree(study.out, out)
+    before, old = states(out), summary(out)
+    arguments = ["--depths", "8,10", "--epochs", "2", "--out", str(out)]
+    status, printed, _ = command(*arguments, "--kinds", "plain", "--seeds", "0,1")
+    assert status == 0
+    assert before.items() <= states(out).items()
+    rows = summary(out)
+    assert [(row["kind"], row["depth"], row["seed"]) for row in rows] == [
+        ("plain", "8", "0"),
+        ("plain", "8", "1"),
+        ("plain", "10", "0"),
+        ("plain", "10", "1"),
+        ("residual", "8", "0"),
+    ]
+    assert rows[0] == old[0]
+    assert rows[4] == old[1]
+    assert rows[1] != old[0]
+    # The table covers what was there already.
+    assert "cifar_resnet8" in printed
+    assert "2 finished" in printed
+    assert "22 updates, 2 seeds" in printed
+    # Once more: nothing is left to do.
+    everything = states(out)
+    status, printed, _ = command(*arguments, "--kinds", "plain", "--seeds", "0,1")
+    assert status == 0
+    assert states(out) == everything
+    assert "cifar_plain10" in printed
+
+
+def test_a_network_of_ones_own_joins(study, command, tmp_path):
+    out = tmp_path / "mine"
+    shutil.copytree(study.out, out)
+    arguments = ["--depths", "8", "--epochs", "2", "--out", str(out)]
+    status, printed, err = command(*arguments, "--kinds", "residual,my_nets:tiny")
+    assert status == 0, err
+    row = next(row for row in summary(out) if row["kind"] == "my_nets:tiny")
+    assert row["status"] == "finished"
+    assert row["parameters"] == str(64 * 16 + 16 + 16 * 10 + 10)
+    assert "my_nets:tiny 8" in printed
+    # Changed since: refused, not mixed.
+    Path("my_nets.py").write_text(MY_NETS.replace("nn.Dense(16", "nn.Dense(17"))
+    del sys.modules["my_nets"]
+    status, _, err = command(*arguments, "--kinds", "my_nets:tiny")
+    assert status == 2
+    assert "parameters is 1210 there and 1285 here" in err
+
+
+def test_dry_run_prints_the_plan_and_writes_nothing(command, tmp_path):
+    before = sorted(tmp_path.rglob("*"))
+    status, out, _ = command("--depths", "8,10", "--seeds", "0,1", "--dry-run")
+    assert status == 0
+    assert "cifar_plain10" in out
+    assert "2-1-1" in out
+    assert "220" in out
+    assert re.search(r"8 runs of 220 updates; about \d+:\d\d", out)
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_divergence_does_not_end_the_study(command, tmp_path):
+    arguments = ["--depths", "8", "--epochs", "1", "--learning-rate", "1e30", "--out", "out"]
+    status, printed, _ = command(*arguments)
+    assert status == 0
+    rows = summary(tmp_path / "out")
+    assert [row["status"] for row in rows] == ["diverged", "diverged"]
+    assert all(1 < int(row["diverged_step"]) <= 11 for row in rows)
+    assert "diverged at step" in printed
+    assert "2 of the runs did not finish" in printed
+
+
+def interrupt(arguments, number, times=1):
+    """Start the command, send it a signal once it trains, and wait for it to end."""
+    process = subprocess.Popen(
+        [sys.executable, ROOT / "experiments" / "degradation.py", *arguments],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    assert process.stdout
+    for line in process.stdout:
+        if "epoch 1 of" in line:
+            break
+    for _ in range(times):
+        process.send_signal(number)
+        time.sleep(0.2)
+    start = time.perf_counter()
+    out, err = process.communicate(timeout=120)
+    return process.returncode, out, err, time.perf_counter() - start
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)], ids=["INT", "TERM"]
+)
+def test_an_interrupted_study_goes_on_where_it_was(data_dir, study, tmp_path, number, status):
+    out = tmp_path / "out"
+    arguments = ["--depths", "8", "--epochs", "40", "--kinds", "plain", "--out", str(out)]
+    arguments += ["--data-dir", str(data_dir)]
+    code, _, err, _ = interrupt(arguments, number)
+    assert code == status, err
+    assert "continue with: python" in err
+    assert str(out) in err
+    (row,) = summary(out)
+    assert row["status"] == "unfinished"
+    stopped_at = int(row["steps"])
+    assert 0 < stopped_at < 440
+    finished = subprocess.run(
+        [sys.executable, ROOT / "experiments" / "degradation.py", *arguments],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    (row,) = summary(out)
+    assert (row["status"], row["steps"]) == ("finished", "440")
+    assert "plain-8 seed 0: train error" in finished.stdout
+
+
+@pytest.mark.slow
+def test_a_second_signal_leaves_at_once(data_dir, study, tmp_path):
+    arguments = ["--depths", "8", "--epochs", "4000", "--kinds", "plain"]
+    arguments += ["--out", str(tmp_path / "out"), "--data-dir", str(data_dir)]
+    code, _, _, seconds = interrupt(arguments, signal.SIGINT, times=2)
+    assert code == 130
+    assert seconds < 5
+
+
+class TestConclusion:
+    """The sentences follow from the numbers."""
+
+    @staticmethod
+    def of(degradation, *runs):
+        return degradation.conclusion(group_runs(runs), 220)
+
+    def test_degradation(self, degradation):
+        text = self.of(
+            degradation,
+            made_run("plain", 18, 0, errors=(50.0, 0.3, 0.1, 0.0)),
+            made_run("plain", 56, 0, errors=(90.0, 60.0, 50.0, 45.0)),
+            made_run("residual", 18, 0, errors=(50.0, 0.0, 0.0, 0.0)),
+            made_run("residual", 56, 0, errors=(50.0, 0.2, 0.1, 0.1)),
+        )
+        assert text.startswith("220 updates, one seed.")
+        assert "plain networks rises with depth (0.0 % at 18, 45.0 % at 56)" in text
+        assert "residual networks does not rise with depth (0.0 % at 18, 0.1 % at 56)" in text
+        assert "the degradation problem, and residual learning curing it" in text
+        assert "Not converged: plain-56" in text
+        assert "residual-56 " not in text.split("Not converged")[1]
+
+    def test_no_degradation_is_said_too(self, degradation):
+        text = self.of(
+            degradation,
+            made_run("plain", 18, 0, errors=(50.0, 5.0, 3.2, 3.0)),
+            made_run("plain", 56, 0, errors=(90.0, 5.0, 3.6, 3.5)),
+        )
+        assert "do not show the degradation problem" in text
+        assert "Converged" in text
+
+    def test_means_out_of_order(self, degradation):
+        text = self.of(
+            degradation,
+            *(
+                made_run("plain", d, s, errors=(50.0, e, e, e + s))
+                for s in (0, 1)
+                for d, e in ((18, 0.0), (34, 30.0), (56, 20.0))
+            ),
+        )
+        assert "2 seeds" in text
+        assert "higher at the greatest depth than at the least, though not in order" in text
+
+    def test_one_row_is_no_sign_of_convergence(self, degradation):
+        text = self.of(degradation, made_run("plain", 18, 0, errors=(3.0,)))
+        assert "Not converged" in text
+        assert "Too few plain networks finished" in text

@@ -1,0 +1,70 @@
+"""What the README shows runs as it stands there."""
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+BLOCKS = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+
+
+def block(marker):
+    (found,) = [code for code in BLOCKS if marker in code]
+    return found
+
+
+@pytest.fixture
+def run(data_dir, tmp_path):
+    """Run a command in an empty directory, the digits where TFDS looks first."""
+
+    def run(*command):
+        environment = {**os.environ, "TFDS_DATA_DIR": str(data_dir)}
+        return subprocess.run(
+            [sys.executable, *command],
+            cwd=tmp_path,
+            env=environment,
+            capture_output=True,
+            text=True,
+            check=True,
+        ).stdout
+
+    return run
+
+
+def test_every_block_is_tested_here():
+    markers = ("def build(", "flaxnets.restore(", "make_train_step(", "create_model(")
+    assert len(BLOCKS) == len(markers)
+
+
+def test_import_a_network(run):
+    assert run("-c", block("list_models()")).splitlines()[-1] == "(2, 10)"
+
+
+def test_a_kind_of_ones_own(run, tmp_path):
+    code = block("def build(")
+    assert len(code.splitlines()) <= 15
+    (tmp_path / "my_nets.py").write_text(code)
+    arguments = ["--depths", "8", "--kinds", "my_nets:build", "--epochs", "1", "--out", "out"]
+    assert "my_nets:build 8" in run(ROOT / "experiments" / "degradation.py", *arguments)
+
+
+@pytest.mark.slow
+def test_a_training_loop_of_ones_own(run):
+    code = block("make_train_step(")
+    assert len(code.splitlines()) <= 26
+    last = run("-c", code).splitlines()[-1]
+    epoch, _, error = last.split()
+    assert epoch == "9"
+    assert float(error) < 10
+
+
+def test_restore(run, study, tmp_path):
+    runs = tmp_path / "runs" / "degradation" / "digits-cifar"
+    shutil.copytree(study.out / "residual-8", runs / "residual-18")
+    printed = run("-c", block("flaxnets.restore("))
+    assert re.fullmatch(r"\d+\.\d+ % of the test images are misclassified\n", printed)
