@@ -102,7 +102,10 @@ def main(arguments: list[str] | None = None) -> int:
         networks = group_runs(runs)
         updates = recipe.total_steps(len(dataset.train.labels))
         figure = out / "degradation.png"
-        draw_errors(networks, figure, f"{args.dataset}, {args.family} family, {updates:,} updates")
+        title = (
+            f"{args.dataset}, {args.family} family, {updates:,} updates, {count_seeds(networks)}"
+        )
+        draw_errors(networks, figure, title)
     if interruption.requested():
         command = shlex.join(["python", *sys.argv]) if arguments is None else "the same command"
         print(f"stopped and saved; continue with: {command}", file=sys.stderr)
@@ -334,6 +337,7 @@ def run_config(
         "seed": seed,
         "model": planned.model_config,
         "blocks": list(getattr(planned.model, "stage_sizes", ())),
+        "block": getattr(planned.model, "block", None),
         "parameters": planned.cost.parameters,
         "precision": args.precision,
         "dataset": {"name": dataset.name, "version": dataset.version},
@@ -393,29 +397,28 @@ def print_plan(
 
 def conclusion(networks: list[Network], updates: int) -> str:
     """What the numbers show about training error and depth, in sentences made from them."""
-    seeds = len({run.seed for network in networks for run in network.runs})
-    sentences = [f"{updates:,} updates, {'one seed' if seeds == 1 else f'{seeds} seeds'}."]
-    rises = {}
-    for kind in dict.fromkeys(network.kind for network in networks):
-        done = [n for n in networks if n.kind == kind and n.finished]
+    sentences = [f"{updates:,} updates, {count_seeds(networks)}."]
+    rises: dict[str, bool] = {}
+    for curve, members in curves(networks).items():
+        done = [network for network in members if network.finished]
         errors = [network.mean("train_error") for network in done]
         listed = ", ".join(f"{e:.1f} % at {n.depth}" for n, e in zip(done, errors, strict=True))
         if len(done) < 2:
-            sentences.append(
-                f"Too few {kind} networks finished to compare depths ({listed or 'none'})."
-            )
+            sentences.append(f"Too few {curve} finished to compare depths ({listed or 'none'}).")
             continue
-        rises[kind] = errors[-1] - errors[0] >= 1
-        if not rises[kind]:
+        rises[curve] = errors[-1] - errors[0] >= 1
+        if not rises[curve]:
             verdict = "does not rise with depth"
         elif errors == sorted(errors):
             verdict = "rises with depth"
         else:
             verdict = "is higher at the greatest depth than at the least, though not in order"
-        sentences.append(f"The training error of {kind} networks {verdict} ({listed}).")
-    if "plain" in rises and not rises["plain"]:
+        sentences.append(f"The training error of {curve} {verdict} ({listed}).")
+    plain = [rising for curve, rising in rises.items() if curve.startswith("plain networks")]
+    residual = [rising for curve, rising in rises.items() if curve.startswith("residual networks")]
+    if plain and not any(plain):
         sentences.append("These numbers do not show the degradation problem.")
-    elif rises.get("plain") and rises.get("residual") is False:
+    elif plain and residual and all(plain) and not any(residual):
         sentences.append("That is the degradation problem, and residual learning curing it.")
     lost = sum(len(network.runs) - len(network.finished) for network in networks)
     if lost:
@@ -431,6 +434,23 @@ def conclusion(networks: list[Network], updates: int) -> str:
     elif any(network.finished for network in networks):
         sentences.append("Converged: no training error moved by a point over the last quarter.")
     return " ".join(sentences)
+
+
+def curves(networks: list[Network]) -> dict[str, list[Network]]:
+    """Networks that differ in depth alone. A study of the ImageNet family may mix two-convolution
+    blocks and bottlenecks; those are not one curve."""
+    mixed = len({network.runs[0].config["block"] for network in networks} - {None}) > 1
+    groups: dict[str, list[Network]] = {}
+    for network in networks:
+        block = network.runs[0].config["block"]
+        of_blocks = f" of {block} blocks" if mixed and block else ""
+        groups.setdefault(f"{network.kind} networks{of_blocks}", []).append(network)
+    return groups
+
+
+def count_seeds(networks: list[Network]) -> str:
+    seeds = len({run.seed for network in networks for run in network.runs})
+    return "one seed" if seeds == 1 else f"{seeds} seeds"
 
 
 def still_moving(run: Run) -> bool:

@@ -2,9 +2,9 @@
 
     python experiments/digits_grid.py
 
-trains it from two seeds at each learning rate and length of warm-up and prints a table of means. The
-recipe takes the cell with the *lowest* error, so that it is not tuned to make plain networks look
-bad.
+trains it from two seeds at each learning rate and length of warm-up and prints a table of means.
+The recipe takes the cell with the *lowest* error, so that it is not tuned to make plain networks
+look bad.
 """
 
 import sys

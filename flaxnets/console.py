@@ -54,6 +54,8 @@ def run_command(main: Callable[[list[str] | None], int], arguments: list[str] | 
     except InputError as error:
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:  # before there was anything to save
+        return 130
 
 
 def whole_numbers(text: str) -> list[int]:

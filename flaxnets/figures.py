@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from matplotlib.axes import Axes
@@ -9,9 +10,16 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from flaxnets.study import Network, Run
+from flaxnets.tables import blocks, millions, network_name
 
 # Okabe and Ito (2008), ordered so that neighbouring depths differ in lightness too.
 COLOURS = ("#0072B2", "#E69F00", "#000000", "#009E73", "#CC79A7", "#56B4E9", "#D55E00")
+
+# As in the paper: training error thin and dashed, test error bold.
+STYLES: dict[str, dict[str, Any]] = {
+    "training error": {"lw": 1.0, "ls": "--"},
+    "test error": {"lw": 2.2, "ls": "-"},
+}
 
 
 def draw_errors(networks: Sequence[Network], path: Path, title: str) -> None:
@@ -22,28 +30,33 @@ def draw_errors(networks: Sequence[Network], path: Path, title: str) -> None:
     """
     kinds = list(dict.fromkeys(network.kind for network in networks))
     depths = sorted({network.depth for network in networks})
-    figure = Figure(figsize=(max(4.4 * len(kinds), 6.4), 4.2), layout="constrained")
+    figure = Figure(figsize=(max(4.4 * len(kinds), 6.4), 5.0), layout="constrained")
     axes = figure.subplots(1, len(kinds), sharex=True, sharey=True, squeeze=False)[0]
     top = max((_ceiling(network) for network in networks), default=100.0)
     for ax, kind in zip(axes, kinds, strict=True):
-        labels = []
+        labels, names = [], []
         for network in networks:
             if network.kind == kind:
                 colour = COLOURS[depths.index(network.depth) % len(COLOURS)]
                 labels.append(_draw_network(ax, network, colour))
+                config = network.runs[0].config
+                text = f"{network_name(config)}, {blocks(config)} blocks, "
+                text += millions(config["parameters"])
+                names += ax.plot([], [], color=colour, label=text, **STYLES["test error"])
         _label_ends(ax, [label for label in labels if label], top)
         ax.set_title(kind)
         ax.set_xlabel("epoch")
-        ax.xaxis.set_major_locator(MaxNLocator(integer=True))
+        ax.xaxis.set_major_locator(MaxNLocator(integer=True, steps=[1, 2, 5, 10]))
+        if ax is axes[-1]:
+            lines = [ax.plot([], [], color="0.3", label=name, **STYLES[name])[0] for name in STYLES]
+            ax.add_artist(ax.legend(handles=lines, frameon=False, loc="upper right"))
+        # Below the axes, where it hides no curve.
+        ax.legend(handles=names, frameon=False, loc="upper left", bbox_to_anchor=(0, -0.14))
         ax.grid(color="0.9", linewidth=0.6)
         ax.spines[["top", "right"]].set_visible(False)
     axes[0].set_ylim(-0.02 * top, top)
     axes[0].set_xlim(left=0)
     axes[0].set_ylabel("error (%)")
-    styles = {"training error": {"lw": 1.0, "ls": "--"}, "test error": {"lw": 2.2, "ls": "-"}}
-    for label, style in styles.items():
-        axes[-1].plot([], [], color="0.3", label=label, **style)
-    axes[-1].legend(frameon=False, loc="upper right")
     figure.suptitle(title, fontsize="medium")
     figure.savefig(path, dpi=160)
 
@@ -63,9 +76,9 @@ def _draw_network(ax: Axes, network: Network, colour: str) -> tuple[float, float
     runs = [run for run in network.runs if run.result.rows]
     if not runs:
         return None
-    for metric, width, dashes in (("train_error", 1.0, "--"), ("test_error", 2.2, "-")):
+    for metric, style in zip(("train_error", "test_error"), STYLES.values(), strict=True):
         epochs, curves = _curves(runs, metric)
-        ax.plot(epochs, np.nanmean(curves, axis=0), color=colour, lw=width, ls=dashes)
+        ax.plot(epochs, np.nanmean(curves, axis=0), color=colour, **style)
         if len(runs) > 1:
             low, high = np.nanmin(curves, axis=0), np.nanmax(curves, axis=0)
             ax.fill_between(epochs, low, high, color=colour, alpha=0.15, lw=0)

@@ -373,6 +373,16 @@ class TestConclusion:
         assert "2 seeds" in text
         assert "higher at the greatest depth than at the least, though not in order" in text
 
+    def test_blocks_of_two_types_are_two_curves(self, degradation):
+        text = self.of(
+            degradation,
+            made_run("plain", 18, 0, errors=(50.0, 3.0, 3.0, 3.0)),
+            made_run("plain", 34, 0, errors=(90.0, 9.0, 9.0, 9.0)),
+            made_run("plain", 50, 0, errors=(90.0, 1.0, 1.0, 1.0), block="bottleneck"),
+        )
+        assert "plain networks of basic blocks rises with depth (3.0 % at 18, 9.0 % at 34)" in text
+        assert "Too few plain networks of bottleneck blocks finished" in text
+
     def test_one_row_is_no_sign_of_convergence(self, degradation):
         text = self.of(degradation, made_run("plain", 18, 0, errors=(3.0,)))
         assert "Not converged" in text

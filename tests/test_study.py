@@ -22,7 +22,7 @@ from flaxnets.tables import results_table
 from flaxnets.training.loop import METRICS, RunResult
 
 
-def made_run(kind, depth, seed, status="finished", errors=(80.0, 40.0, 20.0, 19.5)):
+def made_run(kind, depth, seed, status="finished", errors=(80.0, 40.0, 20.0, 19.5), block="basic"):
     rows = [
         {
             **dict.fromkeys(METRICS, 0.5),
@@ -39,6 +39,7 @@ def made_run(kind, depth, seed, status="finished", errors=(80.0, 40.0, 20.0, 19.
         "seed": seed,
         "parameters": 75_290,
         "blocks": [1, 1, 1],
+        "block": block,
         "model": {"name": f"cifar_{kind}{depth}"},
     }
     diverged_step = 17 if status == "diverged" else None

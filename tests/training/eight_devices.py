@@ -31,6 +31,9 @@ def train(num_devices, steps, dtype):
     step = make_train_step(model, optimizer, preprocess, Augmentation(1, True), 16, mesh)
     state = create_state(model, optimizer, 0, (8, 8, 3), mesh)
     split = replicate(made, mesh)
+    if num_devices == 8 and steps == 1:
+        compiled = step.lower(state, split, epoch_order(state.key, 0, 80)).compile()
+        assert "all-reduce" in compiled.as_text(), "the batch is not split over the devices"
     for s in range(steps):
         state, _ = step(state, split, epoch_order(state.key, s // 5, 80))
     measured = None
