@@ -22,7 +22,7 @@ from flaxnets.data import load_dataset
 from flaxnets.parallel import data_mesh
 from flaxnets.training import RECIPES, Program, train_run
 
-RATES = (0.03, 0.1, 0.3)
+RATES = (0.003, 0.01, 0.03, 0.1, 0.3)
 WARMUPS = (0.0, 0.15)
 SEEDS = (0, 1)
 

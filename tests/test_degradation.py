@@ -197,7 +197,7 @@ def test_another_configuration_is_refused(study, command):
     arguments = [*study.arguments, "--learning-rate", "0.05", "--precision", "bfloat16"]
     status, _, err = command(*arguments)
     assert status == 2
-    assert "recipe.learning_rate is 0.1 there and 0.05 here" in err
+    assert "recipe.learning_rate is 0.01 there and 0.05 here" in err
     assert 'precision is "float32" there and "bfloat16" here' in err
     assert f"use --out {study.out}-2" in err
     assert states(study.out) == before
@@ -231,6 +231,7 @@ def test_a_study_grows_and_trains_nothing_twice(study, command, tmp_path):
     status, printed, _ = command(*arguments, "--kinds", "plain", "--seeds", "0,1")
     assert status == 0
     assert states(out) == everything
+    assert "seed 0:" not in printed
     assert "cifar_plain10" in printed
 
 

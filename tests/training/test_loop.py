@@ -55,7 +55,7 @@ def test_a_run_writes_a_row_an_epoch(uninterrupted):
     rows = metrics(directory)
     assert [(row["epoch"], row["step"]) for row in rows] == [("1", "11"), ("2", "22"), ("3", "28")]
     assert list(result.rows[0]) == list(METRICS)
-    assert rows[-1]["learning_rate"] == "0.001"
+    assert rows[-1]["learning_rate"] == "0.0001"
     assert float(rows[-1]["test_error"]) == result.final("test_error")
     assert float(rows[-1]["train_error"]) < 60
     stored = read_result(directory)
@@ -84,6 +84,15 @@ def test_a_resumed_run_is_the_uninterrupted_one(program, uninterrupted, tmp_path
     assert read_result(tmp_path).status == "finished"
 
 
+def test_stopped_between_two_epochs(program, uninterrupted, tmp_path):
+    seen = []
+    stop = lambda: bool(seen and seen[-1].rows)  # noqa: E731
+    result = train_run(program, 0, tmp_path, seen.append, stop)
+    assert (result.status, result.step, len(result.rows)) == ("unfinished", 11, 1)
+    train_run(program, 0, tmp_path)
+    assert metrics(tmp_path) == metrics(uninterrupted[0])
+
+
 def test_a_finished_run_is_not_trained_again(program, uninterrupted):
     directory, result = uninterrupted
     seen = []
@@ -106,7 +115,7 @@ def test_a_saved_state_is_that_of_its_step(program, uninterrupted, monkeypatch, 
 
 
 def test_divergence_ends_the_run_with_a_record(digits, tmp_path):
-    recipe = replace(RECIPES["digits"], learning_rate=1e30, warmup=0.0)
+    recipe = replace(RECIPES["digits"], learning_rate=1e30)
     model = flaxnets.create_model("cifar_resnet8", num_classes=10)
     program = Program.create(model, 8, recipe, digits, data_mesh())
     result = train_run(program, 0, tmp_path)
