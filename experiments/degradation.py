@@ -10,6 +10,7 @@ where it was; more kinds, depths or seeds add to what is there.
 
 import argparse
 import importlib
+import math
 import os
 import shlex
 import sys
@@ -44,7 +45,9 @@ from flaxnets.restore import DTYPES, build_model
 from flaxnets.study import (
     Network,
     Run,
-    check_directory,
+    check_config,
+    check_definition,
+    check_place,
     group_runs,
     open_study,
     read_runs,
@@ -72,22 +75,29 @@ class Planned:
 
 def main(arguments: list[str] | None = None) -> int:
     args = parse_arguments(arguments)
-    console = Console(highlight=False)
+    console = Console(highlight=False, markup=False, emoji=False)
     if not console.is_terminal:
         console.width = 120  # a file or a pipe has no width of its own
 
     # What to train on, and how. Everything that can be refused is refused before the slow part.
     recipe = choose_recipe(args)
+    out = args.out or Path("runs/degradation") / f"{args.dataset}-{args.family}"
+    check_place(out)
+    builders = {kind: import_builder(kind) for kind in args.kinds if ":" in kind}
     info = find_dataset(args.dataset, args.data_dir)
     check_batch(recipe, info.num_train, args)
     dataset = load_dataset(args.dataset, args.data_dir, args.train_examples)
-    builders = {kind: import_builder(kind) for kind in args.kinds if ":" in kind}
     plan = [
-        plan_network(args, kind, d, dataset, builders) for kind in args.kinds for d in args.depths
+        plan_network(args, kind, depth, dataset, builders)
+        for kind in args.kinds
+        for depth in args.depths
     ]
     definition = define_study(args, dataset, recipe)
-    out = args.out or Path("runs/degradation") / f"{args.dataset}-{args.family}"
-    check_directory(out, definition)
+    check_definition(out, definition)
+    for planned in plan:
+        for seed in args.seeds:
+            directory = run_directory(out, planned.kind, planned.depth, seed)
+            check_config(directory, run_config(planned, seed, args, dataset, recipe))
     if args.dry_run:
         print_plan(console, plan, args, dataset, recipe)
         return 0
@@ -127,7 +137,7 @@ def train_study(
 ) -> None:
     """Train whatever is not finished yet, one run after another."""
     mesh = data_mesh()
-    work = [float(planned.cost.multiply_adds) for planned in plan for _ in args.seeds]
+    work = [float(planned.cost.work) for planned in plan for _ in args.seeds]
     with StudyProgress(console, work) as progress:
         for planned in plan:
             program = None
@@ -257,6 +267,8 @@ def check_batch(recipe: Recipe, num_train: int, args: argparse.Namespace) -> Non
             f"--batch-size {recipe.batch_size} is more than the {examples} training examples; "
             f"give at most {examples}"
         )
+    if recipe.total_steps(examples) >= 2**31:
+        raise InputError("--epochs: a run is at most 2147483647 updates")
     devices = jax.device_count()
     if recipe.batch_size % devices:
         raise InputError(
@@ -269,12 +281,11 @@ def import_builder(kind: str) -> Callable[..., nn.Module]:
     """The user's `build(depth, num_classes, dtype)`, from the working directory or installed."""
     module_name, _, function = kind.partition(":")
     sys.path.insert(0, os.getcwd())
+    importlib.invalidate_caches()
     try:
         build = getattr(importlib.import_module(module_name), function)
     except Exception as error:  # whatever the user's own file raises
         raise InputError(f"--kinds {kind}: {type(error).__name__}: {error}") from error
-    finally:
-        sys.path.remove(os.getcwd())
     return build
 
 
@@ -336,8 +347,8 @@ def run_config(
         "depth": planned.depth,
         "seed": seed,
         "model": planned.model_config,
-        "blocks": list(getattr(planned.model, "stage_sizes", ())),
-        "block": getattr(planned.model, "block", None),
+        "blocks": list(planned.model.stage_sizes) if isinstance(planned.model, ResNet) else [],
+        "block": planned.model.block if isinstance(planned.model, ResNet) else None,
         "parameters": planned.cost.parameters,
         "precision": args.precision,
         "dataset": {"name": dataset.name, "version": dataset.version},
@@ -359,7 +370,7 @@ def print_plan(
     dataset: Dataset,
     recipe: Recipe,
 ) -> None:
-    """The grid and how long it will take, from a network of one block a stage."""
+    """The grid, and how long it will take, going by a small network of its kind."""
     steps = recipe.total_steps(len(dataset.train.labels))
     table = Table("kind", "network", "blocks", "parameters", "multiply-adds", "seeds", "steps")
     for planned in plan:
@@ -386,52 +397,61 @@ def print_plan(
     passes = steps * recipe.batch_size + evaluated / 3
     seconds = 0.0
     for planned in plan:
-        ratio = planned.cost.multiply_adds / probe_cost.multiply_adds
+        ratio = planned.cost.work / probe_cost.work
         run = passes * speed.step / recipe.batch_size * ratio
         seconds += len(args.seeds) * run + speed.first_step * ratio
     console.print(
         f"{len(plan) * len(args.seeds)} runs of {steps:,} updates; about {duration(seconds)} here, "
-        "going by a few steps of a network of one block a stage"
+        "going by a few steps of a small network"
     )
 
 
 def conclusion(networks: list[Network], updates: int) -> str:
     """What the numbers show about training error and depth, in sentences made from them."""
-    sentences = [f"{updates:,} updates, {count_seeds(networks)}."]
-    rises: dict[str, bool] = {}
+    clauses = []
+    rises: dict[str, list[bool]] = {"plain": [], "residual": []}
     for curve, members in curves(networks).items():
         done = [network for network in members if network.finished]
         errors = [network.mean("train_error") for network in done]
         listed = ", ".join(f"{e:.1f} % at {n.depth}" for n, e in zip(done, errors, strict=True))
+        rising = errors[-1] - errors[0] >= 1 if errors else False
         if len(done) < 2:
-            sentences.append(f"Too few {curve} finished to compare depths ({listed or 'none'}).")
-            continue
-        rises[curve] = errors[-1] - errors[0] >= 1
-        if not rises[curve]:
+            verdict = "is known at too few depths to compare"
+        elif not rising:
             verdict = "does not rise with depth"
         elif errors == sorted(errors):
             verdict = "rises with depth"
         else:
             verdict = "is higher at the greatest depth than at the least, though not in order"
-        sentences.append(f"The training error of {curve} {verdict} ({listed}).")
-    plain = [rising for curve, rising in rises.items() if curve.startswith("plain networks")]
-    residual = [rising for curve, rising in rises.items() if curve.startswith("residual networks")]
-    if plain and not any(plain):
-        sentences.append("These numbers do not show the degradation problem.")
-    elif plain and residual and all(plain) and not any(residual):
-        sentences.append("That is the degradation problem, and residual learning curing it.")
+        clauses.append(f"that of {curve} {verdict} ({listed or 'none finished'})")
+        if len(done) > 1:
+            rises.setdefault(members[0].kind, []).append(rising)
+    finding = ""
+    if rises["plain"] and not any(rises["plain"]):
+        finding = ": no degradation in these numbers"
+    elif rises["plain"] and all(rises["plain"]):
+        finding = ": the degradation problem"
+        if rises["residual"]:
+            cured = not any(rises["residual"])
+            finding += ", and residual learning curing it" if cured else ", in both kinds"
+    clauses[0] = clauses[0].replace("that", "the training error", 1)
+    sentences = [
+        f"After {updates:,} updates from {count_seeds(networks)}, {', '.join(clauses)}{finding}."
+    ]
+
     lost = sum(len(network.runs) - len(network.finished) for network in networks)
     if lost:
-        sentences.append(f"{lost} of the runs did not finish and are left out of the means.")
-    moving = [
-        f"{n.kind}-{n.depth}" for n in networks if any(still_moving(run) for run in n.finished)
-    ]
+        sentences.append(f"Runs that did not finish, left out of the means: {lost}.")
+    movement = [(f"{n.kind}-{n.depth}", last_movement(run)) for n in networks for run in n.finished]
+    moving = list(dict.fromkeys(name for name, points in movement if points >= 1))
     if moving:
         sentences.append(
-            f"Not converged: {', '.join(moving)} still moved by a point or more of training error "
-            "over the last quarter."
+            f"Not converged: over the last quarter the training error of {', '.join(moving)} moved "
+            "by a point or more."
         )
-    elif any(network.finished for network in networks):
+    elif any(math.isnan(points) for _, points in movement):
+        sentences.append("Too few epochs to tell whether training has converged.")
+    elif movement:
         sentences.append("Converged: no training error moved by a point over the last quarter.")
     return " ".join(sentences)
 
@@ -449,15 +469,20 @@ def curves(networks: list[Network]) -> dict[str, list[Network]]:
 
 
 def count_seeds(networks: list[Network]) -> str:
-    seeds = len({run.seed for network in networks for run in network.runs})
-    return "one seed" if seeds == 1 else f"{seeds} seeds"
+    counts = sorted({len(network.runs) for network in networks})
+    if counts == [1]:
+        return "one seed"
+    return f"{' to '.join(map(str, dict.fromkeys((counts[0], counts[-1]))))} seeds"
 
 
-def still_moving(run: Run) -> bool:
-    """Whether training error moved by a point or more over the last quarter of the run."""
+def last_movement(run: Run) -> float:
+    """Points that training error moved over the last quarter of a run; NaN if it has no row from
+    before."""
     rows = run.result.rows
-    last = [row["train_error"] for row in rows if row["step"] >= 0.75 * run.result.step]
-    return len(last) < 2 or max(last) - min(last) >= 1
+    quarter = 0.75 * run.result.step
+    before = [row["train_error"] for row in rows if row["step"] <= quarter][-1:]
+    last = [row["train_error"] for row in rows if row["step"] > quarter] + before
+    return max(last) - min(last) if before else math.nan
 
 
 if __name__ == "__main__":

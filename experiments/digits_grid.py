@@ -17,7 +17,7 @@ from rich.console import Console
 from rich.table import Table
 
 import flaxnets
-from flaxnets.console import run_command
+from flaxnets.console import ArgumentParser, run_command
 from flaxnets.data import load_dataset
 from flaxnets.parallel import data_mesh
 from flaxnets.training import RECIPES, Program, train_run
@@ -28,6 +28,7 @@ SEEDS = (0, 1)
 
 
 def main(arguments: list[str] | None = None) -> int:
+    ArgumentParser(description=__doc__).parse(arguments)
     dataset = load_dataset("digits")
     model = flaxnets.create_model("cifar_plain56", num_classes=dataset.num_classes)
     console = Console(highlight=False)

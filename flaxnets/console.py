@@ -141,6 +141,10 @@ class Interruption:
             if data[0] not in self._handlers:
                 continue
             if self.signal is not None:
+                if sys.stdout.isatty():
+                    os.write(
+                        sys.stdout.fileno(), b"\x1b[?25h"
+                    )  # the progress display hid the cursor
                 os._exit(128 + data[0])
             self.signal = data[0]
             print("\nstopping and saving; once more to leave at once", file=sys.stderr, flush=True)
@@ -196,7 +200,7 @@ class StudyProgress:
         self._seconds_spent += time.perf_counter() - self._started
         self._work_done += self._work[self._finished]
         self._finished += 1
-        self._console.print(summary, highlight=False, soft_wrap=True)
+        self._console.print(summary, soft_wrap=True)
 
     def skip_run(self) -> None:
         """The next run needs no work."""
@@ -235,7 +239,6 @@ class StudyProgress:
             self._console.print(
                 f"{self._name} ({place})  {facts}  {rate} images/s  "
                 f"left: run {run_left}, study {study_left}",
-                highlight=False,
                 soft_wrap=True,
             )
             return

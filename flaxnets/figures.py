@@ -58,7 +58,9 @@ def draw_errors(networks: Sequence[Network], path: Path, title: str) -> None:
     axes[0].set_xlim(left=0)
     axes[0].set_ylabel("error (%)")
     figure.suptitle(title, fontsize="medium")
-    figure.savefig(path, dpi=160)
+    temporary = path.with_name(f".tmp-{path.name}")
+    figure.savefig(temporary, dpi=160)
+    temporary.replace(path)
 
 
 def _ceiling(network: Network) -> float:
@@ -72,7 +74,7 @@ def _ceiling(network: Network) -> float:
 
 
 def _draw_network(ax: Axes, network: Network, colour: str) -> tuple[float, float, str, str] | None:
-    """Draw both curves; returns where the training curve ends, its label and colour."""
+    """Draw both curves; returns where the test curve ends, its label and colour."""
     runs = [run for run in network.runs if run.result.rows]
     if not runs:
         return None

@@ -107,36 +107,56 @@ def environment() -> dict[str, Any]:
     }
 
 
-def check_directory(out: Path, definition: dict[str, Any]) -> None:
-    """Refuse, without writing anything, an `out` that cannot hold the study `definition`.
+def check_place(out: Path) -> None:
+    """Refuse, without writing anything, an `out` that can hold no study at all.
 
     Raises:
-      InputError: `out` is a file, cannot be written, or holds something else.
+      InputError: `out` is a file, cannot be written, or holds something that is not a study.
     """
-    existing = out
-    while not existing.exists() and existing != existing.parent:
-        existing = existing.parent
-    if not existing.is_dir():
-        raise InputError(f"--out {out}: {existing} is a file; give a directory")
-    if not os.access(existing, os.W_OK | os.X_OK):
-        raise InputError(f"--out {out}: {existing} cannot be written; give another directory")
-    if not out.exists() or not any(out.iterdir()):
-        return
-    if not (out / "study.json").is_file():
-        raise InputError(
-            f"--out {out} holds something that is not a study (no study.json); "
-            f"use --out {_free_name(out)}"
-        )
     try:
-        before = json.loads((out / "study.json").read_text(encoding="utf-8"))["study"]
-    except (ValueError, KeyError, TypeError) as error:
-        raise InputError(f"{out / 'study.json'} is damaged; use --out {_free_name(out)}") from error
+        existing = out
+        while not existing.exists() and existing != existing.parent:
+            existing = existing.parent
+        if not existing.is_dir() or out.is_symlink() > out.exists():
+            raise InputError(f"--out {out}: {existing} is a file; give a directory")
+        if not os.access(existing, os.W_OK | os.X_OK):
+            raise InputError(f"--out {out}: {existing} cannot be written; give another directory")
+        foreign = out.exists() and not (out / "study.json").is_file()
+        # What a crash in the first moment leaves is hidden, and ours.
+        if foreign and any(not path.name.startswith(".") for path in out.iterdir()):
+            raise InputError(
+                f"--out {out} holds something that is not a study (no study.json); "
+                f"use --out {_free_name(out)}"
+            )
+    except OSError as error:
+        raise InputError(f"--out {out}: {error.strerror}; give another directory") from error
+
+
+def check_definition(out: Path, definition: dict[str, Any]) -> None:
+    """Refuse, without writing anything, an `out` that holds another study than `definition`.
+
+    Raises:
+      InputError: with what differs and a free name.
+    """
+    if not (out / "study.json").is_file():
+        return
+    before = _read_study(out).get("study")
     differences = _differences(before, json.loads(json.dumps(definition)))
     if differences:
         raise InputError(
             f"--out {out} holds another study ({'; '.join(differences)}); "
             f"use --out {_free_name(out)}"
         )
+
+
+def _read_study(out: Path) -> dict[str, Any]:
+    try:
+        study = json.loads((out / "study.json").read_text(encoding="utf-8"))
+    except ValueError:
+        study = None
+    if not isinstance(study, dict):
+        raise InputError(f"{out / 'study.json'} is damaged; use --out {_free_name(out)}")
+    return study
 
 
 def _differences(before: Any, now: Any, name: str = "") -> list[str]:
@@ -170,9 +190,10 @@ def open_study(out: Path, definition: dict[str, Any]) -> Iterator[None]:
     """Make `out` the directory of this study, and this process the only one that writes to it.
 
     Raises:
-      InputError: as `check_directory`, or another process is working on it.
+      InputError: as `check_place` and `check_definition`, or another process is working on it.
     """
-    check_directory(out, definition)
+    check_place(out)
+    check_definition(out, definition)
     out.mkdir(parents=True, exist_ok=True)
     with (out / ".lock").open("a+", encoding="utf-8") as lock:
         try:
@@ -186,27 +207,37 @@ def open_study(out: Path, definition: dict[str, Any]) -> Iterator[None]:
         lock.truncate(0)
         lock.write(f"pid {os.getpid()} on {socket.gethostname()}\n")
         lock.flush()
-        text = json.dumps({"study": definition, "environment": environment()}, indent=2)
+        # A study may grow on another machine.
+        environments = _read_study(out)["environments"] if (out / "study.json").exists() else []
+        if environment() not in environments:
+            environments.append(environment())
+        text = json.dumps({"study": definition, "environments": environments}, indent=2)
         write_atomic(out / "study.json", text + "\n")
         yield
 
 
-def write_config(directory: Path, config: dict[str, Any]) -> None:
-    """Write a run's `config.json`.
+def check_config(directory: Path, config: dict[str, Any]) -> None:
+    """Refuse a run directory that holds a run of another configuration (a changed network, say).
 
     Raises:
-      InputError: the directory holds a run of another configuration (a changed network, say).
+      InputError: with what differs.
     """
-    text = json.dumps(config, indent=2) + "\n"
     path = directory / "config.json"
     if path.exists():
         before = json.loads(path.read_text(encoding="utf-8"))
-        differences = _differences(before, json.loads(text))
+        differences = _differences(before, json.loads(json.dumps(config)))
         if differences:
-            raise InputError(f"{directory} holds another run ({'; '.join(differences)})")
-        return
+            study = directory.parents[1]
+            raise InputError(
+                f"{directory} holds another run ({'; '.join(differences)}); "
+                f"use --out {_free_name(study)}"
+            )
+
+
+def write_config(directory: Path, config: dict[str, Any]) -> None:
+    """Write a run's `config.json`."""
     directory.mkdir(parents=True, exist_ok=True)
-    write_atomic(path, text)
+    write_atomic(directory / "config.json", json.dumps(config, indent=2) + "\n")
 
 
 def read_runs(out: Path) -> list[Run]:

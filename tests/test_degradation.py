@@ -125,6 +125,8 @@ BAD_INPUT = [
     # Directories.
     ("--depths 8 --out my_nets.py", "is a file"),
     ("--depths 8 --out .", "not a study"),
+    (f"--depths 8 --out {'x' * 300}", "File name too long"),
+    ("--depths 8 --epochs 10000000000", "at most 2147483647 updates"),
 ]
 
 
@@ -225,7 +227,7 @@ def test_a_study_grows_and_trains_nothing_twice(study, command, tmp_path):
     # The table covers what was there already.
     assert "cifar_resnet8" in printed
     assert "2 finished" in printed
-    assert "22 updates, 2 seeds" in printed
+    assert "After 22 updates from 1 to 2 seeds" in printed
     # Once more: nothing is left to do.
     everything = states(out)
     status, printed, _ = command(*arguments, "--kinds", "plain", "--seeds", "0,1")
@@ -272,7 +274,7 @@ def test_divergence_does_not_end_the_study(command, tmp_path):
     assert [row["status"] for row in rows] == ["diverged", "diverged"]
     assert all(1 < int(row["diverged_step"]) <= 11 for row in rows)
     assert "diverged at step" in printed
-    assert "2 of the runs did not finish" in printed
+    assert "left out of the means: 2" in printed
 
 
 def interrupt(arguments, number, times=1):
@@ -346,12 +348,13 @@ class TestConclusion:
             made_run("residual", 18, 0, errors=(50.0, 0.0, 0.0, 0.0)),
             made_run("residual", 56, 0, errors=(50.0, 0.2, 0.1, 0.1)),
         )
-        assert text.startswith("220 updates, one seed.")
-        assert "plain networks rises with depth (0.0 % at 18, 45.0 % at 56)" in text
-        assert "residual networks does not rise with depth (0.0 % at 18, 0.1 % at 56)" in text
-        assert "the degradation problem, and residual learning curing it" in text
-        assert "Not converged: plain-56" in text
-        assert "residual-56 " not in text.split("Not converged")[1]
+        assert text == (
+            "After 220 updates from one seed, the training error of plain networks rises with depth "
+            "(0.0 % at 18, 45.0 % at 56), that of residual networks does not rise with depth "
+            "(0.0 % at 18, 0.1 % at 56): the degradation problem, and residual learning curing it. "
+            "Not converged: over the last quarter the training error of plain-56 moved by a point "
+            "or more."
+        )
 
     def test_no_degradation_is_said_too(self, degradation):
         text = self.of(
@@ -359,8 +362,27 @@ class TestConclusion:
             made_run("plain", 18, 0, errors=(50.0, 5.0, 3.2, 3.0)),
             made_run("plain", 56, 0, errors=(90.0, 5.0, 3.6, 3.5)),
         )
-        assert "do not show the degradation problem" in text
+        assert "no degradation in these numbers" in text
         assert "Converged" in text
+
+    def test_degradation_that_is_not_cured(self, degradation):
+        text = self.of(
+            degradation,
+            *(
+                made_run(kind, depth, 0, errors=(90.0, depth, depth, depth))
+                for kind in ("plain", "residual")
+                for depth in (18, 56)
+            ),
+        )
+        assert "the degradation problem, in both kinds" in text
+
+    def test_any_seed_that_moves_is_not_converged(self, degradation):
+        text = self.of(
+            degradation,
+            made_run("plain", 18, 0, errors=(50.0, 9.0, 9.0, 3.0)),
+            made_run("plain", 18, 1, errors=(50.0, 3.0, 3.0, 3.0)),
+        )
+        assert "Not converged" in text
 
     def test_means_out_of_order(self, degradation):
         text = self.of(
@@ -371,7 +393,7 @@ class TestConclusion:
                 for d, e in ((18, 0.0), (34, 30.0), (56, 20.0))
             ),
         )
-        assert "2 seeds" in text
+        assert "from 2 seeds" in text
         assert "higher at the greatest depth than at the least, though not in order" in text
 
     def test_blocks_of_two_types_are_two_curves(self, degradation):
@@ -382,9 +404,9 @@ class TestConclusion:
             made_run("plain", 50, 0, errors=(90.0, 1.0, 1.0, 1.0), block="bottleneck"),
         )
         assert "plain networks of basic blocks rises with depth (3.0 % at 18, 9.0 % at 34)" in text
-        assert "Too few plain networks of bottleneck blocks finished" in text
+        assert "bottleneck blocks is known at too few depths to compare (1.0 % at 50)" in text
 
     def test_one_row_is_no_sign_of_convergence(self, degradation):
         text = self.of(degradation, made_run("plain", 18, 0, errors=(3.0,)))
-        assert "Not converged" in text
-        assert "Too few plain networks finished" in text
+        assert "Too few epochs to tell" in text
+        assert "too few depths" in text

@@ -12,7 +12,8 @@ from flaxnets.figures import draw_errors
 from flaxnets.study import (
     SUMMARY,
     Run,
-    check_directory,
+    check_definition,
+    check_place,
     group_runs,
     open_study,
     read_runs,
@@ -90,13 +91,14 @@ def test_a_study_is_its_definition(tmp_path):
     with open_study(out, DEFINITION):
         stored = json.loads((out / "study.json").read_text())
     assert stored["study"] == DEFINITION
-    assert {"packages", "platform", "device_kind", "device_count"} <= set(stored["environment"])
+    (environment,) = stored["environments"]
+    assert {"packages", "platform", "device_kind", "device_count"} <= set(environment)
     with open_study(out, DEFINITION):
         pass
     changed = {"family": "imagenet", "recipe": {"epochs": 5}}
     message = 'family is "cifar" there and "imagenet" here; recipe.epochs is 20 there and 5 here'
     with pytest.raises(InputError, match=message) as raised:
-        check_directory(out, changed)
+        check_definition(out, changed)
     assert str(raised.value).endswith(f"use --out {out}-2")
 
 
@@ -105,7 +107,7 @@ def test_free_names_are_free(tmp_path):
         (tmp_path / name).mkdir()
         (tmp_path / name / "thesis.tex").touch()
     with pytest.raises(InputError, match="something that is not a study") as raised:
-        check_directory(tmp_path / "s", DEFINITION)
+        check_place(tmp_path / "s")
     assert str(raised.value).endswith("s-3")
 
 
@@ -113,20 +115,28 @@ def test_a_file_is_no_directory(tmp_path):
     (tmp_path / "file").touch()
     for out in ("file", "file/below"):
         with pytest.raises(InputError, match="is a file"):
-            check_directory(tmp_path / out, DEFINITION)
+            check_place(tmp_path / out)
+
+
+def test_paths_that_cannot_be(tmp_path):
+    with pytest.raises(InputError, match="too long"):
+        check_place(tmp_path / ("x" * 300))
+    (tmp_path / "dangling").symlink_to(tmp_path / "nowhere")
+    with pytest.raises(InputError, match="give a"):
+        check_place(tmp_path / "dangling")
 
 
 def test_a_directory_that_cannot_be_written(tmp_path, monkeypatch):
     # Asked of the system, because root may write anywhere.
     monkeypatch.setattr(os, "access", lambda path, mode: Path(path) != tmp_path)
     with pytest.raises(InputError, match="cannot be written"):
-        check_directory(tmp_path / "out", DEFINITION)
+        check_place(tmp_path / "out")
 
 
 def test_damaged_study_json(tmp_path):
     (tmp_path / "study.json").write_text("{")
     with pytest.raises(InputError, match="is damaged"):
-        check_directory(tmp_path, DEFINITION)
+        check_definition(tmp_path, DEFINITION)
 
 
 def test_one_process_at_a_time(tmp_path):

@@ -52,25 +52,24 @@ class Dataset:
 
 @dataclass(frozen=True)
 class DatasetInfo:
-    """What is known of a prepared data set before its images are read.
-
-    `image_shape` has None where images differ in size.
-    """
+    """What is known of a prepared data set before its images are read."""
 
     builder: Any  # a TFDS builder; its annotations do not know `as_data_source(split=...)`
     image_key: str
     label_key: str
     test_split: str
-    image_shape: tuple[int | None, ...]
     class_names: tuple[str, ...]
     num_train: int
-    num_test: int
 
 
 def find_dataset(
     name: str, data_dir: str | Path | None = None, **builder_kwargs: Any
 ) -> DatasetInfo:
-    """Look a data set up and check that `load_dataset` can read it; same arguments and errors."""
+    """Look a prepared data set up, with the arguments of `load_dataset`.
+
+    Raises:
+      InputError: no such data set, not prepared, without images or labels, or in another format.
+    """
     builder = _builder(name, data_dir, builder_kwargs)
     image_key, label_key = _supervised_keys(builder)
     splits = builder.info.splits
@@ -97,10 +96,8 @@ def find_dataset(
         image_key=image_key,
         label_key=label_key,
         test_split=test_split,
-        image_shape=features[image_key].shape,
         class_names=tuple(features[label_key].names),
         num_train=splits["train"].num_examples,
-        num_test=splits[test_split].num_examples,
     )
 
 
@@ -144,7 +141,7 @@ def load_dataset(
         test=test,
         preprocess=Preprocess((height, width, channels), *channel_statistics(train.images)),
         # 4 pixels of 32 in the paper's section 4.2.
-        augmentation=Augmentation(pad=min(height, width) // 8, flip=name in FLIPPED),
+        augmentation=Augmentation(pad=min(height, width) // 8, flip=info.builder.name in FLIPPED),
     )
 
 
@@ -165,8 +162,11 @@ def channel_statistics(images: np.ndarray) -> tuple[tuple[float, ...], tuple[flo
 
 
 def _builder(name: str, data_dir: str | Path | None, kwargs: dict) -> Any:
-    if data_dir is not None and Path(data_dir).exists() and not Path(data_dir).is_dir():
-        raise InputError(f"--data-dir {data_dir} is a file; give a directory")
+    try:
+        if data_dir is not None and Path(data_dir).exists() and not Path(data_dir).is_dir():
+            raise InputError(f"--data-dir {data_dir} is a file; give a directory")
+    except OSError as error:
+        raise InputError(f"--data-dir {data_dir}: {error.strerror}") from error
     where = None if data_dir is None else str(data_dir)
     if name == "digits":
         builder = Digits(data_dir=where, file_format="array_record")
@@ -176,6 +176,8 @@ def _builder(name: str, data_dir: str | Path | None, kwargs: dict) -> Any:
                 with contextlib.redirect_stdout(io.StringIO()):
                     builder.download_and_prepare()
             except OSError as error:
+                if builder.is_prepared():  # by another process, in the same moment
+                    return builder
                 raise InputError(
                     f"cannot write the digits to {builder.data_path} ({error.strerror}); "
                     "give a directory you can write to with --data-dir"
@@ -183,7 +185,9 @@ def _builder(name: str, data_dir: str | Path | None, kwargs: dict) -> Any:
         return builder
     try:
         builder = tfds.builder(name, data_dir=where, **kwargs)
-    except (ValueError, AssertionError, ImportError) as error:  # not found, or not even a name
+    except ImportError as error:
+        raise InputError(f"{name} needs a package that is not installed ({error})") from error
+    except (ValueError, AssertionError) as error:  # not found, or not even a name
         known = ["digits", *tfds.list_builders(with_community_datasets=False)]
         raise InputError(f"TFDS has no data set {name!r}{nearest(name, known)}") from error
     if not builder.is_prepared():
@@ -233,4 +237,6 @@ def _read_split(info: DatasetInfo, split: str) -> Split:
     if images[0].dtype != np.uint8:
         raise InputError(f"{info.builder.name} has images of {images[0].dtype}, not uint8")
     labels = np.array([example[info.label_key] for example in examples], np.int32)
+    if labels.min() < 0 or labels.max() >= len(info.class_names):
+        raise InputError(f"{info.builder.name} has no labels in its {split} split; choose another")
     return Split(np.stack(images), labels)

@@ -8,7 +8,8 @@ of one 3x3 convolution at batch 128 on two cores, in milliseconds:
     4x4    32          3.7          1.8     patches times the kernel
     2x2    64         11.2          1.0     one dense matrix: every output sees every input
 
-Everything else, and every other platform, gets `lax.conv_general_dilated` itself.
+Everything else, and every other platform, gets `lax.conv_general_dilated` itself. Forward-mode
+differentiation (`jax.jvp`) does not go through `patch_conv`.
 """
 
 from typing import Any
@@ -27,6 +28,7 @@ def conv_general_dilated(x: jax.Array, kernel: jax.Array, strides: Any, padding:
         and [tuple(p) for p in padding] == [(1, 1), (1, 1)]
         and plain
         and kw["feature_group_count"] == 1
+        and kw["precision"] is None
         and x.shape[1] * x.shape[2] <= 16
     )
     if not tiny or jax.default_backend() != "cpu":

@@ -17,12 +17,17 @@ class Cost(NamedTuple):
     parameters: int
     multiply_adds: int
 
+    @property
+    def work(self) -> int:
+        """Multiply-adds, or the parameters of a network of other layers; at least 1."""
+        return max(self.multiply_adds, self.parameters, 1)
+
 
 def count_cost(model: nn.Module, image_shape: tuple[int, ...], num_classes: int) -> Cost:
     """The cost of `model` on images `(height, width, channels)`.
 
     Raises:
-      ValueError: the output is not logits `(batch, num_classes)`.
+      ValueError: the output is not logits `(batch, num_classes)`, in training mode or out of it.
     """
     multiply_adds = 0
 
@@ -40,7 +45,14 @@ def count_cost(model: nn.Module, image_shape: tuple[int, ...], num_classes: int)
         logits, variables = jax.eval_shape(
             lambda: model.init_with_output({"params": key, "dropout": key}, images, train=False)
         )
-    if logits.shape != (1, num_classes):
-        raise ValueError(f"gives {logits.shape}, not logits (1, {num_classes}), for one image")
+    trained = jax.eval_shape(
+        lambda variables: model.apply(
+            variables, images, train=True, mutable=True, rngs={"dropout": key}
+        ),
+        variables,
+    )[0]
+    for output in (logits, trained):
+        if output.shape != (1, num_classes):
+            raise ValueError(f"gives {output.shape}, not logits (1, {num_classes}), for one image")
     parameters = sum(leaf.size for leaf in jax.tree.leaves(variables["params"]))
     return Cost(parameters, multiply_adds)

@@ -9,7 +9,7 @@ nothing else, so that the two share every other parameter, name for name and bit
 import math
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import flax.linen as nn
 import jax
@@ -140,7 +140,7 @@ class ResNet(nn.Module):
 
     Images `(batch, height, width, channels)`, float, normalised -> logits `(batch, num_classes)`.
     Collections `params` and `batch_stats`. Convolutions have no bias; BatchNorm has momentum 0.9
-    and epsilon 1e-5, as the paper's and torchvision's.
+    and epsilon 1e-5, as torchvision's (the paper does not say).
 
     Attributes:
       stage_sizes: blocks in each stage; the first block of every stage but the first halves the
@@ -166,6 +166,18 @@ class ResNet(nn.Module):
     zero_init_last_scale: bool = False
     dtype: Any = jnp.float32
     param_dtype: Any = jnp.float32
+
+    def __post_init__(self) -> None:
+        for name, choices in (
+            ("shortcut", get_args(Shortcut)),
+            ("stem", get_args(Stem)),
+            ("block", BLOCKS),
+        ):
+            if getattr(self, name) not in choices:
+                raise InputError(
+                    f"{name} is one of {', '.join(choices)}, not {getattr(self, name)!r}"
+                )
+        super().__post_init__()
 
     @nn.compact
     def __call__(self, x: jax.Array, train: bool = False) -> jax.Array:

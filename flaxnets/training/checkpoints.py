@@ -39,6 +39,8 @@ class Checkpoints:
         """Copy the state and write it in the background; `close` or the next `save` waits."""
         step = int(state.step)
         if step == self.latest_step():
+            if self.read_progress()["rows"] == progress["rows"]:
+                return
             # Stopped before the epoch was measured, and gone on from there: the record has grown.
             self._manager.delete(step)
         training = {

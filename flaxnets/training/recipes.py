@@ -5,6 +5,8 @@ from dataclasses import dataclass
 import jax.numpy as jnp
 import optax
 
+from flaxnets.errors import InputError
+
 
 @dataclass(frozen=True)
 class Recipe:
@@ -40,6 +42,10 @@ class Recipe:
     warmup_factor: float = 0.1
     warmup_from_depth: int = 0
     augment: bool = True
+
+    def __post_init__(self) -> None:
+        if (self.steps is None) == (self.epochs is None):
+            raise InputError(f"recipe {self.name}: give either steps or epochs")
 
     def total_steps(self, num_examples: int) -> int:
         """Updates in a run over `num_examples` training images."""
@@ -77,7 +83,8 @@ a tenth of the rate from 32k and again from 48k on; depth 110 starts with about 
 
 Where it departs: channels are divided by their standard deviation (the paper only subtracts the
 mean, of each pixel); padding is black (the paper does not say); all 50,000 training images are
-used, as in the paper's final runs (its 45k/5k split chose the schedule); the warm-up always takes
+used, as in the paper's final runs (its 45k/5k split chose the schedule); padding and flips are those
+of the data set (4 pixels and flips on CIFAR-10, as in the paper); the warm-up always takes
 400 updates (the paper ends it once the training error is below 80 %); parameters of BatchNorm and
 biases decay too (the paper does not say).
 """

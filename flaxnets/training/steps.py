@@ -59,8 +59,8 @@ class TrainState(flax.struct.PyTreeNode):
 def init_variables(model: nn.Module, key: jax.Array, image_shape: tuple[int, ...]) -> dict:
     """Fresh `params` and `batch_stats` of `model` for images `(height, width, channels)`.
 
-    The forward pass is traced but never computed. A parameter depends on `key`, its own name and
-    shape alone, so twins start bit-identical wherever both have it.
+    The forward pass is traced but never computed. A parameter depends on `key`, its path and
+    its shape alone, so twins start bit-identical wherever both have it.
     """
     images = jax.ShapeDtypeStruct((1, *image_shape), jnp.float32)
     # In training mode: with running statistics, which are known, normalisation would be computed.

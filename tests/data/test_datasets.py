@@ -171,6 +171,12 @@ def test_data_without_images_or_labels_is_refused(tmp_path, missing, key):
         load_dataset("made", tmp_path)
 
 
+def test_hidden_labels_are_refused(tmp_path):
+    make_dataset(tmp_path, random_images((4, 4, 1), (4, 4, 1)), [0, -1])
+    with pytest.raises(InputError, match="has no labels in its train split"):
+        load_dataset("made", tmp_path)
+
+
 def test_lost_examples_are_noticed(tmp_path):
     make_dataset(tmp_path, random_images(*[(4, 4, 1)] * 5), [0] * 5)
     info = next(tmp_path.rglob("dataset_info.json"))

@@ -203,6 +203,12 @@ def test_relu_keeps_nan_and_has_no_gradient_at_zero():
     assert relu(jnp.float32([-1, 0, 3])).tolist() == [0, 0, 3]
 
 
+@pytest.mark.parametrize("option", [{"shortcut": "b"}, {"stem": "Small"}, {"block": "wide"}])
+def test_unknown_options_are_refused(option):
+    with pytest.raises(flaxnets.InputError, match=f"{next(iter(option))} is one of"):
+        flaxnets.create_model("resnet18", **option)
+
+
 def test_names():
     names = flaxnets.list_models()
     assert {"resnet18", "plain152", "cifar_resnet1202", "cifar_plain<depth>"} <= set(names)

@@ -128,3 +128,15 @@ def test_divergence_ends_the_run_with_a_record(digits, tmp_path):
     again = train_run(program, 0, tmp_path, seen.append)
     assert (again.status, again.diverged_step) == ("diverged", result.diverged_step)
     assert not seen
+
+
+def test_nan_in_a_kernel_is_found_and_recorded(program, tmp_path):
+    train_run(program, 0, tmp_path / "good", *stop_at(3))
+    state = create_state(program.model, program.optimizer, 0, program.image_shape, program.mesh)
+    with Checkpoints(tmp_path / "good") as checkpoints:
+        state, progress = checkpoints.restore(state)
+    state.params["stage2_block1"]["conv1"]["kernel"] *= np.nan
+    with Checkpoints(tmp_path / "bad") as checkpoints:
+        checkpoints.save(state, progress)
+    result = train_run(program, 0, tmp_path / "bad")
+    assert (result.status, result.diverged_step, result.step) == ("diverged", 4, 11)

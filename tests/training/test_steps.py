@@ -1,7 +1,9 @@
 import subprocess
 import sys
 from pathlib import Path
+from typing import ClassVar
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -9,17 +11,17 @@ import pytest
 from flax.traverse_util import flatten_dict, unflatten_dict
 
 import flaxnets
-from flaxnets.data import Split, epoch_order
+from flaxnets.data import Augmentation, Split, epoch_order
 from flaxnets.parallel import data_mesh, replicate
 from flaxnets.training import RECIPES, create_state, evaluate, make_eval_step, make_train_step
 from flaxnets.training.steps import cross_entropy
 
 
-@pytest.fixture(scope="module")
-def trained(digits):
+@pytest.fixture(scope="module", params=["plain", "resnet"])
+def trained(request, digits):
     """A network after three steps, and the steps that train and evaluate it."""
     mesh = data_mesh()
-    model = flaxnets.create_model("cifar_plain8", num_classes=10)
+    model = flaxnets.create_model(f"cifar_{request.param}8", num_classes=10)
     optimizer = RECIPES["digits"].optimizer(220, 8)
     train_step = make_train_step(
         model, optimizer, digits.preprocess, digits.augmentation, batch_size=128, mesh=mesh
@@ -96,14 +98,39 @@ def test_nan_in_any_kernel_gives_a_loss_that_is_not_finite(trained):
         assert again.running.diverged_step == 4
 
 
+class Plain(nn.Module):
+    """Keeps the last batch it was trained on."""
+
+    residual: ClassVar = False
+
+    @nn.compact
+    def __call__(self, x, train=False):
+        seen = self.variable("batch_stats", "seen", jnp.zeros, (128, 8, 8, 1))
+        if train and not self.is_initializing():
+            seen.value = x
+        y = nn.Dense(10, name="head")(x.reshape(len(x), -1))
+        return y + nn.Dense(10, name="shortcut")(x.reshape(len(x), -1)) if self.residual else y
+
+
+class Residual(Plain):
+    residual: ClassVar = True
+
+
 def test_twins_see_identical_batches(digits):
-    keys = []
-    for kind in ("plain", "resnet"):
-        model = flaxnets.create_model(f"cifar_{kind}8", num_classes=10)
+    def batch(model, seed):
+        mesh = data_mesh()
         optimizer = RECIPES["digits"].optimizer(220, 8)
-        keys.append(create_state(model, optimizer, 5, (8, 8, 1), data_mesh()).key)
-    assert (jax.random.key_data(keys[0]) == jax.random.key_data(keys[1])).all()
-    # Order and augmentation come from this key and the step alone: see `make_train_step`.
+        step = make_train_step(
+            model, optimizer, digits.preprocess, Augmentation(1, True), 128, mesh
+        )
+        state = create_state(model, optimizer, seed, (8, 8, 1), mesh)
+        train = replicate(digits.train, mesh)
+        for _ in range(3):
+            state, _ = step(state, train, epoch_order(state.key, 0, len(digits.train.labels)))
+        return np.asarray(state.batch_stats["seen"])
+
+    assert (batch(Plain(), 5) == batch(Residual(), 5)).all()
+    assert (batch(Plain(), 5) != batch(Plain(), 6)).any()
 
 
 @pytest.mark.slow
