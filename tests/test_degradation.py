@@ -349,11 +349,11 @@ class TestConclusion:
             made_run("residual", 56, 0, errors=(50.0, 0.2, 0.1, 0.1)),
         )
         assert text == (
-            "After 220 updates from one seed, the training error of plain networks rises with depth "
-            "(0.0 % at 18, 45.0 % at 56), that of residual networks does not rise with depth "
-            "(0.0 % at 18, 0.1 % at 56): the degradation problem, and residual learning curing it. "
-            "Not converged: over the last quarter the training error of plain-56 moved by a point "
-            "or more."
+            "After 220 updates from one seed, the training error of plain networks rises with "
+            "depth (0.0 % at 18, 45.0 % at 56), that of residual networks does not rise with depth "
+            "(0.0 % at 18, 0.1 % at 56): the degradation problem, and residual learning curing "
+            "it. Not converged: over the last quarter the training error of plain-56 moved by a "
+            "point or more."
         )
 
     def test_no_degradation_is_said_too(self, degradation):

@@ -23,7 +23,9 @@ class Speed(NamedTuple):
 
 def measure_speed(model: nn.Module, dataset: Dataset, recipe: Recipe, steps: int = 3) -> Speed:
     """Time the first train steps of `model`, on every device."""
-    program = Program.create(model, 0, replace(recipe, steps=1 + steps), dataset, data_mesh())
+    program = Program.create(
+        model, 0, replace(recipe, steps=1 + steps, epochs=None), dataset, data_mesh()
+    )
     times = [time.perf_counter()]
     state = create_state(model, program.optimizer, 0, program.image_shape, program.mesh)
     order = epoch_order(state.key, 0, len(dataset.train.labels))

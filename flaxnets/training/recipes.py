@@ -83,8 +83,8 @@ a tenth of the rate from 32k and again from 48k on; depth 110 starts with about 
 
 Where it departs: channels are divided by their standard deviation (the paper only subtracts the
 mean, of each pixel); padding is black (the paper does not say); all 50,000 training images are
-used, as in the paper's final runs (its 45k/5k split chose the schedule); padding and flips are those
-of the data set (4 pixels and flips on CIFAR-10, as in the paper); the warm-up always takes
+used, as in the paper's final runs (its 45k/5k split chose the schedule); padding and flips are
+those of the data set (4 pixels and flips on CIFAR-10, as in the paper); the warm-up always takes
 400 updates (the paper ends it once the training error is below 80 %); parameters of BatchNorm and
 biases decay too (the paper does not say).
 """
