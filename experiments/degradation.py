@@ -386,20 +386,23 @@ def print_plan(
         )
     console.print(table)
 
-    probe = next((p.model for p in plan if isinstance(p.model, ResNet)), plan[0].model)
+    # A network of one block a stage tells the speed: compilation takes time in proportion to depth,
+    # a step in proportion to multiply-adds.
+    probe, probe_depth = plan[0].model, plan[0].depth
     if isinstance(probe, ResNet):
         probe = probe.clone(stage_sizes=(1,) * len(probe.stage_sizes))
+        probe_depth = 2 + 2 * len(probe.stage_sizes)
     probe_cost = count_cost(probe, dataset.preprocess.image_shape, dataset.num_classes)
     speed = measure_speed(probe, dataset, recipe)
     epochs = steps / (len(dataset.train.labels) // recipe.batch_size)
     evaluated = epochs * (len(dataset.train.labels) + len(dataset.test.labels))
     # An evaluated image costs a forward pass, a trained one three.
-    passes = steps * recipe.batch_size + evaluated / 3
+    equivalent_steps = steps + evaluated / 3 / recipe.batch_size
     seconds = 0.0
     for planned in plan:
-        ratio = planned.cost.work / probe_cost.work
-        run = passes * speed.step / recipe.batch_size * ratio
-        seconds += len(args.seeds) * run + speed.first_step * ratio
+        step = speed.step * planned.cost.work / probe_cost.work
+        seconds += speed.first_step * planned.depth / probe_depth
+        seconds += len(args.seeds) * equivalent_steps * step
     console.print(
         f"{len(plan) * len(args.seeds)} runs of {steps:,} updates; about {duration(seconds)} here, "
         "going by a few steps of a small network"

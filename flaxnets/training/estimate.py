@@ -26,8 +26,8 @@ def measure_speed(model: nn.Module, dataset: Dataset, recipe: Recipe, steps: int
     program = Program.create(
         model, 0, replace(recipe, steps=1 + steps, epochs=None), dataset, data_mesh()
     )
-    times = [time.perf_counter()]
     state = create_state(model, program.optimizer, 0, program.image_shape, program.mesh)
+    times = [time.perf_counter()]
     order = epoch_order(state.key, 0, len(dataset.train.labels))
     for _ in range(1 + steps):
         state, loss = program.train_step(state, program.train, order)
