@@ -30,7 +30,7 @@ def results_table(networks: Sequence[Network]) -> Table:
     """A row a network, 80 columns wide: errors and loss at the end of training, mean ± standard
     deviation over finished seeds."""
     table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
-    table.add_column("network")
+    table.add_column("network", no_wrap=True)
     for heading in ("train\nerror, %", "test\nerror, %", "train\nloss"):
         table.add_column(heading, justify="right", no_wrap=True)
     table.add_column("status")

@@ -1,11 +1,13 @@
 import csv
 import fcntl
+import io
 import json
 import math
 import os
 from pathlib import Path
 
 import pytest
+from rich.console import Console
 
 from flaxnets import InputError
 from flaxnets.figures import draw_errors
@@ -76,6 +78,16 @@ def test_means_are_over_finished_runs_and_say_so():
     assert group_runs(runs[:2])[0].status == "2 finished"
     assert math.isnan(group_runs(runs[2:])[0].mean("train_error"))
     assert results_table([network]).row_count == 1
+
+
+def test_the_table_fits_80_columns():
+    runs = [made_run("resnet", 1202, s, "diverged" if s == 2 else "finished") for s in range(3)]
+    console = Console(width=80, file=io.StringIO())
+    console.print(results_table(group_runs(runs)))
+    printed = console.file.getvalue()
+    assert "…" not in printed
+    for text in ("cifar_resnet1202", "1-1-1, 0.08 M", "19.50 ± 0.00", "2 of 3 (1", "diverged)"):
+        assert text in printed
 
 
 def test_the_figure_takes_whatever_there_is(tmp_path):
