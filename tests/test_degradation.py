@@ -277,24 +277,22 @@ def test_divergence_does_not_end_the_study(command, tmp_path):
     assert "left out of the means: 2" in printed
 
 
-def interrupt(arguments, number, times=1):
-    """Start the command, send it a signal once it trains, and wait for it to end."""
+def interrupt(out, arguments, number, times=1):
+    """Start the command, send it a signal once an epoch is measured, and wait for it to end."""
     process = subprocess.Popen(
-        [sys.executable, ROOT / "experiments" / "degradation.py", *arguments],
+        [sys.executable, ROOT / "experiments" / "degradation.py", "--out", out, *arguments],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
     )
-    assert process.stdout
-    for line in process.stdout:
-        if "epoch 1 of" in line:
-            break
+    while not (out / "plain-8" / "seed-0" / "metrics.csv").exists() and process.poll() is None:
+        time.sleep(0.05)
     for _ in range(times):
         process.send_signal(number)
         time.sleep(0.2)
     start = time.perf_counter()
-    out, err = process.communicate(timeout=120)
-    return process.returncode, out, err, time.perf_counter() - start
+    _, err = process.communicate(timeout=120)
+    return process.returncode, err, time.perf_counter() - start
 
 
 @pytest.mark.slow
@@ -303,9 +301,9 @@ def interrupt(arguments, number, times=1):
 )
 def test_an_interrupted_study_goes_on_where_it_was(data_dir, study, tmp_path, number, status):
     out = tmp_path / "out"
-    arguments = ["--depths", "8", "--epochs", "40", "--kinds", "plain", "--out", str(out)]
+    arguments = ["--depths", "8", "--epochs", "40", "--kinds", "plain"]
     arguments += ["--data-dir", str(data_dir)]
-    code, _, err, _ = interrupt(arguments, number)
+    code, err, _ = interrupt(out, arguments, number)
     assert code == status, err
     assert "continue with: python" in err
     assert str(out) in err
@@ -314,7 +312,7 @@ def test_an_interrupted_study_goes_on_where_it_was(data_dir, study, tmp_path, nu
     stopped_at = int(row["steps"])
     assert 0 < stopped_at < 440
     finished = subprocess.run(
-        [sys.executable, ROOT / "experiments" / "degradation.py", *arguments],
+        [sys.executable, ROOT / "experiments" / "degradation.py", "--out", out, *arguments],
         capture_output=True,
         text=True,
         check=True,
@@ -327,8 +325,8 @@ def test_an_interrupted_study_goes_on_where_it_was(data_dir, study, tmp_path, nu
 @pytest.mark.slow
 def test_a_second_signal_leaves_at_once(data_dir, study, tmp_path):
     arguments = ["--depths", "8", "--epochs", "4000", "--kinds", "plain"]
-    arguments += ["--out", str(tmp_path / "out"), "--data-dir", str(data_dir)]
-    code, _, _, seconds = interrupt(arguments, signal.SIGINT, times=2)
+    arguments += ["--data-dir", str(data_dir)]
+    code, _, seconds = interrupt(tmp_path / "out", arguments, signal.SIGINT, times=2)
     assert code == 130
     assert seconds < 5
 
