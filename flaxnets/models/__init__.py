@@ -1,56 +1,116 @@
 """Networks by name."""
 
 import re
+from collections.abc import Callable
+from functools import partial
+from types import EllipsisType
 from typing import Any
 
 import flax.linen as nn
 
 from flaxnets.errors import InputError, nearest
-from flaxnets.models.resnet import IMAGENET_STAGES, ResNet, cifar_resnet, imagenet_resnet
+from flaxnets.models.alexnet import AlexNet, alexnet, alexnet2012
+from flaxnets.models.resnet import (
+    IMAGENET_STAGES,
+    ResNet,
+    cifar_resnet,
+    imagenet_resnet,
+    keras_resnet,
+)
+from flaxnets.models.tutorial import CNN, YNet
+from flaxnets.models.vgg import VGG, VGGS, vgg
+from flaxnets.models.vgg_residual import VGGResidual
 
-__all__ = ["ResNet", "cifar_resnet", "create_model", "imagenet_resnet", "list_models"]
+__all__ = [
+    "CNN",
+    "VGG",
+    "AlexNet",
+    "ResNet",
+    "VGGResidual",
+    "YNet",
+    "cifar_resnet",
+    "create_model",
+    "imagenet_resnet",
+    "keras_resnet",
+    "list_models",
+    "published_image_shape",
+]
 
-_PATTERN = re.compile(r"(cifar_)?(resnet|plain)(\d+)")
+_NAMED: dict[str, Callable[..., nn.Module]] = {
+    "alexnet2012": alexnet2012,
+    "alexnet": alexnet,
+    **{name: partial(vgg, name) for name in VGGS},
+    "vgg_residual": VGGResidual,
+    "cnn": CNN,
+    "ynet": YNet,
+}
+_RESNET = re.compile(r"(cifar_)?(resnet|plain)(\d+)(v2)?")
+_KERAS_RESNET = re.compile(r"keras_resnet(\d+)v([12])")
 
 
 def list_models() -> list[str]:
-    """Names that `create_model` takes: the published depths, then a pattern for the rest.
+    """Names that `create_model` takes: the published networks, then patterns for other depths.
 
     The paper trained no plain networks but 18 and 34 (ImageNet) and 20, 32, 44, 56 (CIFAR);
     `plain50`, `plain101` and `plain152` are the residual ones of its Table 1 without shortcuts.
+    No plain network of version 2 is published.
     """
+    kinds = ("resnet", "plain")
     return [
-        *(f"{kind}{depth}" for kind in ("resnet", "plain") for depth in IMAGENET_STAGES),
+        *_NAMED,
+        *(f"{kind}{depth}{v2}" for v2 in ("", "v2") for kind in kinds for depth in IMAGENET_STAGES),
         *(f"cifar_resnet{depth}" for depth in (20, 32, 44, 56, 110, 1202)),
         *(f"cifar_plain{depth}" for depth in (20, 32, 44, 56)),
-        "cifar_resnet<depth>",
-        "cifar_plain<depth>",
+        *(f"cifar_resnet{depth}v2" for depth in (110, 164, 1001)),
+        *(f"keras_resnet{depth}v1" for depth in (20, 32, 44, 56, 110)),
+        *(f"keras_resnet{depth}v2" for depth in (20, 56, 110)),
+        *(f"cifar_{kind}<depth>{v2}" for v2 in ("", "v2") for kind in kinds),
+        "keras_resnet<depth>v1",
+        "keras_resnet<depth>v2",
     ]
 
 
-def create_model(name: str, num_classes: int | None = None, **overrides: Any) -> nn.Module:
+def published_image_shape(name: str) -> tuple[int, int, int]:
+    """Height, width and channels of the images that the network called `name` is published for."""
+    if name in ("cnn", "ynet"):
+        return 28, 28, 1
+    small = name == "vgg_residual" or name.startswith(("cifar_", "keras_"))
+    return (32, 32, 3) if small else (224, 224, 3)
+
+
+def create_model(
+    name: str, num_classes: int | EllipsisType | None = ..., **overrides: Any
+) -> nn.Module:
     """The network called `name`, with any attribute of its module overridden.
 
     Args:
-      name: one of `list_models()`; `<depth>` is any even number from 8.
-      num_classes: 1,000 for the ImageNet family and 10 for the CIFAR family unless given.
-      overrides: attributes of `ResNet`, such as `shortcut="C"` or `dtype=jnp.bfloat16`.
+      name: one of `list_models()`. `<depth>` is any even number from 8; 9n + 2 from 164 on in
+        `cifar_resnet<depth>v2` and in `keras_resnet<depth>v2`; 6n + 2 in `keras_resnet<depth>v1`.
+      num_classes: that of the published network unless given: 1,000 for ImageNet's, 10 for the
+        others. None returns pooled features `(batch, features)` instead of logits.
+      overrides: attributes of the module, such as `shortcut="C"` or `dtype=jnp.bfloat16`.
 
     Returns:
       A Linen module: `init(key, images, train=False)` and `apply(variables, images, train=False)`
-      take NHWC float images and give `params`, `batch_stats` and logits `(batch, num_classes)`.
+      take NHWC float images and give `params`, `batch_stats` (if it has BatchNorm) and logits
+      `(batch, num_classes)`. Training a network with dropout takes `rngs={"dropout": key}`.
 
     Raises:
       InputError: no network has that name, or the family does not have that depth.
     """
-    match = _PATTERN.fullmatch(name)
-    if match is None:
-        raise InputError(
-            f"no network is called {name!r}{nearest(name, list_models())}; "
-            "flaxnets.list_models() lists them"
-        )
-    cifar, kind, depth = match.groups()
-    family = cifar_resnet if cifar else imagenet_resnet
-    if num_classes is not None:
+    if num_classes is not ...:
         overrides["num_classes"] = num_classes
-    return family(int(depth), residual=kind == "resnet", **overrides)
+    if name in _NAMED:
+        return _NAMED[name](**overrides)
+    if match := _RESNET.fullmatch(name):
+        cifar, kind, depth, v2 = match.groups()
+        family = cifar_resnet if cifar else imagenet_resnet
+        settings = {"residual": kind == "resnet", "preactivation": v2 is not None}
+        return family(int(depth), **settings | overrides)
+    if match := _KERAS_RESNET.fullmatch(name):
+        depth, version = match.groups()
+        return keras_resnet(int(depth), **{"preactivation": version == "2"} | overrides)
+    raise InputError(
+        f"no network is called {name!r}{nearest(name, list_models())}; "
+        "flaxnets.list_models() lists them"
+    )

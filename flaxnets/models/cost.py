@@ -1,6 +1,7 @@
-"""What a network costs, counted from shapes; nothing is computed."""
+"""What a network is made of and costs, counted from shapes; nothing is computed."""
 
-from typing import NamedTuple
+from collections.abc import Mapping
+from typing import Any, NamedTuple
 
 import flax.linen as nn
 import jax
@@ -23,28 +24,41 @@ class Cost(NamedTuple):
         return max(self.multiply_adds, self.parameters, 1)
 
 
+class LayerCost(NamedTuple):
+    """A layer with parameters, or a block of such layers.
+
+    Attributes:
+      path: its name, from the outermost module in.
+      kind: such as `3x3 conv, 64, /2`, with the filters and the stride.
+      input_shape, output_shape: without the batch.
+      cost: its own parameters and multiply-adds, none for a block.
+    """
+
+    path: tuple[str, ...]
+    kind: str
+    input_shape: tuple[int, ...]
+    output_shape: tuple[int, ...]
+    cost: Cost
+
+
+def list_layers(model: nn.Module, image_shape: tuple[int, ...]) -> list[LayerCost]:
+    """The layers of `model` on images `(height, width, channels)`, in the order they are run."""
+    return [layer for layer in list_modules(model, image_shape) if layer.cost.parameters]
+
+
+def list_modules(model: nn.Module, image_shape: tuple[int, ...]) -> list[LayerCost]:
+    """As `list_layers`, and the blocks: each after its layers."""
+    return _trace(model, image_shape)[0]
+
+
 def count_cost(model: nn.Module, image_shape: tuple[int, ...], num_classes: int) -> Cost:
     """The cost of `model` on images `(height, width, channels)`.
 
     Raises:
       ValueError: the output is not logits `(batch, num_classes)`, in training mode or out of it.
     """
-    multiply_adds = 0
-
-    def count(next_method, args, kwargs, context):
-        nonlocal multiply_adds
-        output = next_method(*args, **kwargs)
-        if isinstance(context.module, (nn.Conv, nn.Dense)) and context.method_name == "__call__":
-            kernel = context.module.variables["params"]["kernel"]
-            multiply_adds += output.size * kernel.size // kernel.shape[-1]
-        return output
-
-    key = jax.random.key(0)
-    images = jnp.zeros((1, *image_shape), jnp.float32)
-    with nn.intercept_methods(count):
-        logits, variables = jax.eval_shape(
-            lambda: model.init_with_output({"params": key, "dropout": key}, images, train=False)
-        )
+    layers, logits, variables = _trace(model, image_shape)
+    key, images = jax.random.key(0), jnp.zeros((1, *image_shape), jnp.float32)
     trained = jax.eval_shape(
         lambda variables: model.apply(
             variables, images, train=True, mutable=True, rngs={"dropout": key}
@@ -55,4 +69,49 @@ def count_cost(model: nn.Module, image_shape: tuple[int, ...], num_classes: int)
         if output.shape != (1, num_classes):
             raise ValueError(f"gives {output.shape}, not logits (1, {num_classes}), for one image")
     parameters = sum(leaf.size for leaf in jax.tree.leaves(variables["params"]))
-    return Cost(parameters, multiply_adds)
+    return Cost(parameters, sum(layer.cost.multiply_adds for layer in layers))
+
+
+def _trace(model: nn.Module, image_shape: tuple[int, ...]):
+    """The layers, and shapes of the output and of the variables."""
+    layers: list[LayerCost] = []
+
+    def record(next_method, args, kwargs, context):
+        output = next_method(*args, **kwargs)
+        module = context.module
+        if context.method_name == "__call__" and module.path:
+            parameters = module.variables.get("params", {})
+            own = [leaf for leaf in parameters.values() if not isinstance(leaf, Mapping)]
+            multiply_adds = 0
+            if isinstance(module, (nn.Conv, nn.Dense)):
+                multiply_adds = output.size * parameters["kernel"].size // output.shape[-1]
+            if parameters:
+                cost = Cost(sum(leaf.size for leaf in own), multiply_adds)
+                # The first array of each, of a module that takes or gives several.
+                before, after = (jax.tree.leaves(x)[0].shape[1:] for x in ((args, kwargs), output))
+                layers.append(LayerCost(module.path, _kind(module), before, after, cost))
+        return output
+
+    key, images = jax.random.key(0), jnp.zeros((1, *image_shape), jnp.float32)
+    with nn.intercept_methods(record):
+        output, variables = jax.eval_shape(
+            lambda: model.init_with_output({"params": key, "dropout": key}, images, train=False)
+        )
+    return layers, output, variables
+
+
+def _kind(module: nn.Module) -> str:
+    if isinstance(module, nn.Conv):
+        kernel_size: Any = module.kernel_size
+        kind = f"{'x'.join(map(str, kernel_size))} conv, {module.features}"
+        for text, value in (
+            (", /{}", module.strides),
+            (", {} groups", module.feature_group_count),
+            (", dilation {}", module.kernel_dilation),
+        ):
+            if value not in (None, 1, (1, 1)):
+                kind += text.format(value)
+        return kind
+    if isinstance(module, nn.Dense):
+        return f"dense, {module.features}"
+    return {"BatchNorm": "batch norm"}.get(type(module).__name__, type(module).__name__)

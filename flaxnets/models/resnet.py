@@ -1,13 +1,14 @@
-"""Residual networks and their plain twins.
+"""Residual networks, versions 1 and 2, and their plain twins.
 
 He, Zhang, Ren and Sun (2015), "Deep Residual Learning for Image Recognition" (arXiv:1512.03385),
-written "the paper" below. One module covers the CIFAR family (section 4.2), the ImageNet family
-(Table 1) and the plain twin of every member: `residual=False` leaves out the shortcuts and changes
-nothing else, so that the two share every other parameter, name for name and bit for bit.
+written "the paper" below, and, by the same authors (2016), "Identity Mappings in Deep Residual
+Networks" (arXiv:1603.05027), version 2. One module covers the CIFAR family (section 4.2), the
+ImageNet family (Table 1) and the plain twin of every member: `residual=False` leaves out the
+shortcuts and changes nothing else, so that the two share every other parameter, name for name and
+bit for bit.
 """
 
-import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import partial
 from typing import Any, Literal, get_args
 
@@ -16,36 +17,11 @@ import jax
 import jax.numpy as jnp
 
 from flaxnets.errors import InputError
-from flaxnets.models.convolution import conv_general_dilated
+from flaxnets.models.layers import Layer, batch_norm, conv, dense, max_pool, relu
 
+BlockType = Literal["basic", "bottleneck"]
 Shortcut = Literal["A", "B", "C"]
 Stem = Literal["imagenet", "small"]
-Layer = Callable[..., Any]
-
-
-def he_normal_fan_out(key: jax.Array, shape: Sequence[int], dtype: Any = jnp.float32) -> jax.Array:
-    """Untruncated normal of variance 2 / fan-out, for kernels `(height, width, in, out)`.
-
-    He et al. (2015), "Delving Deep into Rectifiers" (arXiv:1502.01852, equation 14), and
-    torchvision. `nn.initializers.he_normal` is truncated, and of variance 2 / fan-in. The same
-    numbers as `variance_scaling(2.0, "fan_out", "normal")`; a flat draw compiles in a third.
-    """
-    fan_out = math.prod(shape) // shape[-2]
-    flat = jax.random.normal(key, (math.prod(shape),), dtype)
-    return (math.sqrt(2 / fan_out) * flat).reshape(shape)
-
-
-# torchvision's dense layers; the paper does not say.
-uniform_fan_in = nn.initializers.variance_scaling(1 / 3, "fan_in", "uniform")
-
-
-def relu(x: jax.Array) -> jax.Array:
-    """Rectifier `max(x, 0)`; its gradient at 0 is 0, and NaN stays NaN.
-
-    `maximum` after an addition makes XLA on CPUs compute the whole residual stream again in every
-    later block, a step time quadratic in depth; this form does not.
-    """
-    return jnp.where(x <= 0, 0, x)
 
 
 def zero_padded_identity(x: jax.Array, filters: int, stride: int) -> jax.Array:
@@ -62,77 +38,81 @@ def zero_padded_identity(x: jax.Array, filters: int, stride: int) -> jax.Array:
 
 
 def shortcut_branch(
-    x: jax.Array, filters: int, stride: int, option: Shortcut, conv: Layer, norm: Layer
+    x: jax.Array, filters: int, stride: int, option: Shortcut, conv: Layer, norm: Layer | None
 ) -> jax.Array:
     """The shortcut of one block (section 3.3): A zero padding, B projection where the shape
     changes, C projection everywhere. Call it from a compact method, which then owns the layers."""
     changes_shape = stride != 1 or x.shape[-1] != filters
     if option == "C" or (option == "B" and changes_shape):
-        x = conv(filters, (1, 1), stride, padding=0, name="shortcut_conv")(x)
-        return norm(name="shortcut_bn")(x)
+        x = conv(filters, 1, stride, name="shortcut_conv")(x)
+        return x if norm is None else norm(name="shortcut_bn")(x)
     return zero_padded_identity(x, filters, stride) if changes_shape else x
 
 
-class BasicBlock(nn.Module):
-    """Two 3x3 convolutions (Figure 5, left). `shortcut=None` makes the block plain.
+class Block(nn.Module):
+    """Convolutions, each with BatchNorm, and a shortcut around them (Figure 2 of the paper).
 
     `(batch, height, width, channels)` -> `(batch, ceil(height / stride), ceil(width / stride),
-    filters)`.
+    filters of the last convolution)`.
+
+    Attributes:
+      layers: filters, kernel size and stride of each convolution.
+      stride: of the block.
+      shortcut: None makes the block plain.
+      last_scale_init: of the last BatchNorm.
+      shortcut_norm: BatchNorm after projection shortcuts.
     """
 
-    filters: int
+    layers: Sequence[tuple[int, int, int]]
     stride: int
     shortcut: Shortcut | None
     conv: Layer
     norm: Layer
     last_scale_init: nn.initializers.Initializer
-    expansion = 1
+    shortcut_norm: bool
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
-        y = self.conv(self.filters, (3, 3), self.stride, padding=1, name="conv1")(x)
-        y = relu(self.norm(name="bn1")(y))
-        y = self.conv(self.filters, (3, 3), padding=1, name="conv2")(y)
-        y = self.norm(name="bn2", scale_init=self.last_scale_init)(y)
+        y = x
+        last = len(self.layers)
+        for i, (filters, size, stride) in enumerate(self.layers, 1):
+            y = self.conv(filters, size, stride, name=f"conv{i}")(y)
+            if i < last:
+                y = relu(self.norm(name=f"bn{i}")(y))
+        y = self.norm(name=f"bn{last}", scale_init=self.last_scale_init)(y)
         if self.shortcut is not None:
-            y += shortcut_branch(x, self.filters, self.stride, self.shortcut, self.conv, self.norm)
+            norm = self.norm if self.shortcut_norm else None
+            y += shortcut_branch(x, y.shape[-1], self.stride, self.shortcut, self.conv, norm)
         return relu(y)
 
 
-class BottleneckBlock(nn.Module):
-    """1x1, 3x3 and 1x1 convolutions (Figure 5, right). `shortcut=None` makes the block plain.
+class PreactivationBlock(nn.Module):
+    """Version 2: BatchNorm and rectifier before each convolution, nothing after the addition
+    (He et al. 2016, Figure 4e). Shapes and attributes are those of `Block`.
 
-    `(batch, height, width, channels)` -> `(batch, ceil(height / stride), ceil(width / stride),
-    4 * filters)`. The 3x3 convolution carries the stride, as in torchvision; the paper's first 1x1
-    carries it.
+    Attributes:
+      activate_shortcut: the shortcut, too, starts from the activated signal, and not from the raw
+        one that flows through the stage.
     """
 
-    filters: int
+    layers: Sequence[tuple[int, int, int]]
     stride: int
     shortcut: Shortcut | None
     conv: Layer
     norm: Layer
-    last_scale_init: nn.initializers.Initializer
-    expansion = 4
+    activate_shortcut: bool
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
-        out = self.expansion * self.filters
-        y = self.conv(self.filters, (1, 1), padding=0, name="conv1")(x)
-        y = relu(self.norm(name="bn1")(y))
-        y = self.conv(self.filters, (3, 3), self.stride, padding=1, name="conv2")(y)
-        y = relu(self.norm(name="bn2")(y))
-        y = self.conv(out, (1, 1), padding=0, name="conv3")(y)
-        y = self.norm(name="bn3", scale_init=self.last_scale_init)(y)
+        y = x
+        for i, (filters, size, stride) in enumerate(self.layers, 1):
+            y = relu(self.norm(name=f"bn{i}")(y))
+            if i == 1 and self.activate_shortcut:
+                x = y
+            y = self.conv(filters, size, stride, name=f"conv{i}")(y)
         if self.shortcut is not None:
-            y += shortcut_branch(x, out, self.stride, self.shortcut, self.conv, self.norm)
-        return relu(y)
-
-
-BLOCKS: dict[str, type[BasicBlock] | type[BottleneckBlock]] = {
-    "basic": BasicBlock,
-    "bottleneck": BottleneckBlock,
-}
+            y += shortcut_branch(x, y.shape[-1], self.stride, self.shortcut, self.conv, None)
+        return y
 
 
 class ResNet(nn.Module):
@@ -140,30 +120,51 @@ class ResNet(nn.Module):
 
     Images `(batch, height, width, channels)`, float, normalised -> logits `(batch, num_classes)`.
     Collections `params` and `batch_stats`. Convolutions have no bias; BatchNorm has momentum 0.9
-    and epsilon 1e-5, as torchvision's (the paper does not say).
+    and epsilon 1e-5, as torchvision's (the paper does not say). The feature map of every stage (in
+    version 2 the raw signal) is sown as `intermediates` `stages`.
 
     Attributes:
       stage_sizes: blocks in each stage; the first block of every stage but the first halves the
         resolution, and each stage has twice the filters of the one before.
-      num_classes: width of the logits.
+      num_classes: width of the logits; None returns the pooled features `(batch, filters)`.
       width: filters of the first stage (16 in the CIFAR family, 64 in the ImageNet family).
-      block: `"basic"` (two 3x3 convolutions) or `"bottleneck"` (1x1, 3x3, 1x1).
+      block: `"basic"`, two 3x3 convolutions, or `"bottleneck"`, 1x1, 3x3 and 1x1 convolutions, the
+        last of four times the filters (Figure 5).
       stem: `"imagenet"`, 7x7/2 convolution and 3x3/2 max pool, or `"small"`, 3x3/1 convolution.
       shortcut: `"A"`, `"B"` or `"C"` of section 3.3; see `shortcut_branch`.
       residual: False removes every shortcut.
+      preactivation: version 2. The first block of a stage activates before the split, the others
+        add to the raw signal; projections have no BatchNorm; BatchNorm and rectifier follow the
+        last block instead of the stem.
+      stride_in_3x3: a bottleneck's stride is in its 3x3 convolution, as in torchvision, or in its
+        first 1x1 convolution, as in the paper.
       zero_init_last_scale: start the last BatchNorm scale of each block at 0 (Goyal et al. 2017,
-        arXiv:1706.02677, section 5.1), so that residual blocks start as identities.
+        arXiv:1706.02677, section 5.1), so that residual blocks start as identities; version 1 only.
+      remat: compute a block's activations again in the backward pass instead of keeping them; less
+        memory for a third more computation.
+      conv, norm, head: the layers. `conv(filters, size, stride)`, as in `flaxnets.models.layers`.
+      shortcut_norm, activated_stages, bottleneck_filters: how the Keras guide's networks differ;
+        see `keras_resnet`.
       dtype: type of the computation. `param_dtype` is that of parameters and statistics.
     """
 
     stage_sizes: Sequence[int]
-    num_classes: int
+    num_classes: int | None
     width: int = 64
-    block: Literal["basic", "bottleneck"] = "basic"
+    block: BlockType = "basic"
     stem: Stem = "imagenet"
     shortcut: Shortcut = "B"
     residual: bool = True
+    preactivation: bool = False
+    stride_in_3x3: bool = True
     zero_init_last_scale: bool = False
+    remat: bool = False
+    conv: Layer = conv
+    norm: Layer = batch_norm
+    head: Layer = dense
+    shortcut_norm: bool = True
+    activated_stages: Sequence[int] | None = None
+    bottleneck_filters: Sequence[int] | None = None
     dtype: Any = jnp.float32
     param_dtype: Any = jnp.float32
 
@@ -171,58 +172,68 @@ class ResNet(nn.Module):
         for name, choices in (
             ("shortcut", get_args(Shortcut)),
             ("stem", get_args(Stem)),
-            ("block", BLOCKS),
+            ("block", get_args(BlockType)),
         ):
             if getattr(self, name) not in choices:
                 raise InputError(
                     f"{name} is one of {', '.join(choices)}, not {getattr(self, name)!r}"
                 )
+        if self.preactivation and self.zero_init_last_scale:
+            raise InputError("zero_init_last_scale is for version 1: no BatchNorm ends a v2 block")
         super().__post_init__()
 
     @nn.compact
     def __call__(self, x: jax.Array, train: bool = False) -> jax.Array:
         types = {"dtype": self.dtype, "param_dtype": self.param_dtype}
-        conv = partial(
-            nn.Conv,
-            use_bias=False,
-            kernel_init=he_normal_fan_out,
-            conv_general_dilated=conv_general_dilated,
-            **types,
-        )
-        norm = partial(
-            nn.BatchNorm,
-            use_running_average=not train,
-            momentum=0.9,
-            epsilon=1e-5,
-            # Statistics of bfloat16 activations stay float32; those of float64 ones, float64.
-            force_float32_reductions=self.param_dtype != jnp.float64,
-            **types,
-        )
-        block = partial(
-            BLOCKS[self.block],
-            shortcut=self.shortcut if self.residual else None,
-            conv=conv,
-            norm=norm,
-            last_scale_init=nn.initializers.zeros
-            if self.zero_init_last_scale
-            else nn.initializers.ones,
-        )
+        conv = partial(self.conv, **types)
+        norm = partial(self.norm, use_running_average=not train, **types)
 
         x = jnp.asarray(x, self.dtype)
+        x = conv(self.width, *((7, 2) if self.stem == "imagenet" else (3, 1)), name="conv1")(x)
+        if not self.preactivation:
+            x = relu(norm(name="bn1")(x))
         if self.stem == "imagenet":
-            x = conv(self.width, (7, 7), 2, padding=3, name="conv1")(x)
-            x = relu(norm(name="bn1")(x))
-            padding: Any = ((1, 1), (1, 1))  # annotated as str in Flax
-            x = nn.max_pool(x, (3, 3), (2, 2), padding)
-        else:
-            x = conv(self.width, (3, 3), padding=1, name="conv1")(x)
-            x = relu(norm(name="bn1")(x))
-        for i, blocks in enumerate(self.stage_sizes):
-            for j in range(blocks):
-                stride = 2 if i > 0 and j == 0 else 1
-                x = block(self.width * 2**i, stride, name=f"stage{i + 1}_block{j + 1}")(x)
+            x = max_pool(x, 3, 2, padding=1)
+        for i, blocks in enumerate(self.stage_sizes, 1):
+            for j in range(1, blocks + 1):
+                stride = 2 if i > 1 and j == 1 else 1
+                x = self._block(i, j, stride, conv, norm)(x)
+            self.sow("intermediates", "stages", x)
+        if self.preactivation:
+            x = relu(norm(name="last_bn")(x))
         x = jnp.mean(x, axis=(1, 2))
-        return nn.Dense(self.num_classes, kernel_init=uniform_fan_in, name="head", **types)(x)
+        if self.num_classes is None:
+            return x
+        return self.head(self.num_classes, name="head", **types)(x)
+
+    def _block(self, stage: int, block: int, stride: int, conv: Layer, norm: Layer) -> nn.Module:
+        filters = self.width * 2 ** (stage - 1)
+        if self.block == "basic":
+            layers = ((filters, 3, stride), (filters, 3, 1))
+        else:
+            out = 4 * filters
+            strides = (1, stride) if self.stride_in_3x3 else (stride, 1)
+            if self.bottleneck_filters is not None:
+                filters = self.bottleneck_filters[stage - 1]
+            layers = ((filters, 1, strides[0]), (filters, 3, strides[1]), (out, 1, 1))
+        settings: dict[str, Any] = {
+            "layers": layers,
+            "stride": stride,
+            "shortcut": self.shortcut if self.residual else None,
+            "conv": conv,
+            "norm": norm,
+            "name": f"stage{stage}_block{block}",
+        }
+        if self.preactivation:
+            activated = self.activated_stages is None or stage in self.activated_stages
+            block_class = PreactivationBlock
+            settings["activate_shortcut"] = activated and block == 1
+        else:
+            ones, zeros = nn.initializers.ones, nn.initializers.zeros
+            block_class = Block
+            settings["last_scale_init"] = zeros if self.zero_init_last_scale else ones
+            settings["shortcut_norm"] = self.shortcut_norm
+        return (nn.remat(block_class) if self.remat else block_class)(**settings)
 
 
 def cifar_stage_sizes(depth: int) -> tuple[int, int, int]:
@@ -240,8 +251,23 @@ def cifar_stage_sizes(depth: int) -> tuple[int, int, int]:
     return share + (rest > 0), share + (rest > 1), share
 
 
+def cifar_bottleneck_stage_sizes(depth: int) -> tuple[int, int, int]:
+    """Bottlenecks of the three stages at `depth` = 9n + 2, n in each.
+
+    Raises:
+      InputError: `depth` is none of those.
+    """
+    if depth < 11 or depth % 9 != 2:
+        raise InputError(
+            f"the CIFAR family with bottlenecks has depths 9n + 2 (11, 20, ... 164 ... 1001), "
+            f"not {depth}"
+        )
+    n = depth // 9
+    return n, n, n
+
+
 # Table 1 of the paper: depth -> block, blocks in each stage.
-IMAGENET_STAGES: dict[int, tuple[Literal["basic", "bottleneck"], tuple[int, int, int, int]]] = {
+IMAGENET_STAGES: dict[int, tuple[BlockType, tuple[int, int, int, int]]] = {
     18: ("basic", (2, 2, 2, 2)),
     34: ("basic", (3, 4, 6, 3)),
     50: ("bottleneck", (3, 4, 6, 3)),
@@ -250,19 +276,28 @@ IMAGENET_STAGES: dict[int, tuple[Literal["basic", "bottleneck"], tuple[int, int,
 }
 
 
-def cifar_resnet(depth: int, num_classes: int = 10, **overrides: Any) -> ResNet:
-    """The CIFAR family at `depth` (section 4.2): 16, 32, 64 filters, 3x3 stem, shortcut A."""
+def cifar_resnet(depth: int, **overrides: Any) -> ResNet:
+    """The CIFAR family at `depth` (section 4.2): 16, 32, 64 filters, 3x3 stem, shortcut A.
+
+    Version 2 (`preactivation=True`) has bottlenecks from depth 164 on, as published, with
+    projections and the stride in the first 1x1 convolution as in the authors' code; below it, and
+    in version 1, two-convolution blocks. `block` chooses otherwise.
+    """
+    published = "bottleneck" if overrides.get("preactivation") and depth >= 164 else "basic"
+    bottleneck = overrides.get("block", published) == "bottleneck"
     settings: dict[str, Any] = {
-        "stage_sizes": cifar_stage_sizes(depth),
-        "num_classes": num_classes,
+        "stage_sizes": (cifar_bottleneck_stage_sizes if bottleneck else cifar_stage_sizes)(depth),
+        "num_classes": 10,
         "width": 16,
+        "block": published,
         "stem": "small",
-        "shortcut": "A",
+        "shortcut": "B" if bottleneck else "A",
+        "stride_in_3x3": False,
     }
     return ResNet(**settings | overrides)
 
 
-def imagenet_resnet(depth: int, num_classes: int = 1000, **overrides: Any) -> ResNet:
+def imagenet_resnet(depth: int, **overrides: Any) -> ResNet:
     """The ImageNet family at `depth` (Table 1), shortcut B, as torchvision has it.
 
     Raises:
@@ -274,7 +309,48 @@ def imagenet_resnet(depth: int, num_classes: int = 1000, **overrides: Any) -> Re
     block, stage_sizes = IMAGENET_STAGES[depth]
     settings: dict[str, Any] = {
         "stage_sizes": stage_sizes,
-        "num_classes": num_classes,
+        "num_classes": 1000,
         "block": block,
+    }
+    return ResNet(**settings | overrides)
+
+
+# Keras's defaults: momentum 0.99, epsilon 1e-3; "SAME" pads after more than before at stride 2.
+keras_conv = partial(conv, padding="SAME", use_bias=True, kernel_init=nn.initializers.he_normal())
+keras_batch_norm = partial(batch_norm, momentum=0.99, epsilon=1e-3)
+keras_dense = partial(nn.Dense, kernel_init=nn.initializers.he_normal())
+
+
+def keras_resnet(depth: int, **overrides: Any) -> ResNet:
+    """The ResNets of Keras's CIFAR-10 example (`cifar10_resnet.py`), copied in many tutorials.
+
+    Version 1 has depths 6n + 2, version 2 (`preactivation=True`) 9n + 2. They differ from the
+    paper's in convolutions with bias, padded as TensorFlow pads; in BatchNorm's constants and the
+    initialisation; in projections without BatchNorm where the shape changes; and version 2 in
+    bottlenecks of 16, 64 and 128 filters under outputs of 64, 128 and 256, whose projections see
+    the raw signal in stages 2 and 3.
+
+    Raises:
+      InputError: there is no such depth.
+    """
+    preactivation = overrides.get("preactivation", False)
+    if not preactivation and (depth < 8 or depth % 6 != 2):
+        raise InputError(f"keras_resnet<depth>v1 has depths 6n + 2 (8, 14, 20 ...), not {depth}")
+    settings: dict[str, Any] = {
+        "stage_sizes": (cifar_bottleneck_stage_sizes if preactivation else cifar_stage_sizes)(
+            depth
+        ),
+        "num_classes": 10,
+        "width": 16,
+        "block": "bottleneck" if preactivation else "basic",
+        "stem": "small",
+        "shortcut": "B",
+        "stride_in_3x3": False,
+        "conv": keras_conv,
+        "norm": keras_batch_norm,
+        "head": keras_dense,
+        "shortcut_norm": False,
+        "activated_stages": (1,),
+        "bottleneck_filters": (16, 64, 128),
     }
     return ResNet(**settings | overrides)

@@ -1,5 +1,3 @@
-import math
-
 import jax
 import jax.numpy as jnp
 import pytest
@@ -7,29 +5,9 @@ from flax.traverse_util import flatten_dict
 
 import flaxnets
 from flaxnets.models.cost import count_cost
-from flaxnets.models.resnet import cifar_stage_sizes, he_normal_fan_out, relu
-from flaxnets.training.steps import cross_entropy, init_variables
-
-# Depth of the CIFAR family -> parameters with 3 input channels and 10 classes. 20 to 110 and 1202:
-# the paper's Table 6 (0.27 M, 0.46 M, 0.66 M, 0.85 M, 1.7 M, 19.4 M); the rest counted by hand.
-CIFAR_PARAMETERS = {
-    8: 75_290,
-    18: 195_738,
-    20: 269_722,
-    32: 464_154,
-    34: 468_826,
-    44: 658_586,
-    56: 853_018,
-    110: 1_727_962,
-}
-# torchvision's counts, 1,000 classes.
-IMAGENET_PARAMETERS = {
-    18: 11_689_512,
-    34: 21_797_672,
-    50: 25_557_032,
-    101: 44_549_160,
-    152: 60_192_808,
-}
+from flaxnets.models.layers import he_normal_fan_out, relu
+from flaxnets.models.resnet import IMAGENET_STAGES, cifar_stage_sizes
+from flaxnets.training.steps import init_variables
 
 
 def shapes_of(name: str, image_shape=(32, 32, 3), **overrides):
@@ -41,35 +19,28 @@ def shapes_of(name: str, image_shape=(32, 32, 3), **overrides):
     return {path: leaf.shape for path, leaf in flatten_dict(variables).items()}
 
 
-@pytest.mark.parametrize("depth", CIFAR_PARAMETERS)
+@pytest.mark.parametrize(("depth", "parameters"), [(8, 75_290), (18, 195_738), (34, 468_826)])
 @pytest.mark.parametrize("kind", ["resnet", "plain"])
-def test_cifar_parameters(kind, depth):
+def test_parameters_at_depths_that_are_not_the_papers(kind, depth, parameters):
     model = flaxnets.create_model(f"cifar_{kind}{depth}")
-    assert count_cost(model, (32, 32, 3), 10).parameters == CIFAR_PARAMETERS[depth]
+    assert count_cost(model, (32, 32, 3), 10).parameters == parameters
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("kind", ["resnet", "plain"])
-def test_cifar_parameters_at_depth_1202(kind):
-    shapes = shapes_of(f"cifar_{kind}1202")
-    sizes = [math.prod(shape) for path, shape in shapes.items() if path[0] == "params"]
-    assert sum(sizes) == 19_421_274
-
-
-@pytest.mark.parametrize("depth", IMAGENET_PARAMETERS)
-def test_imagenet_parameters_and_multiply_adds(depth):
-    cost = count_cost(flaxnets.create_model(f"resnet{depth}"), (224, 224, 3), 1000)
-    assert cost.parameters == IMAGENET_PARAMETERS[depth]
-    # Table 1 of the paper; its bottlenecks stride the 1x1 convolution, which costs less.
+@pytest.mark.parametrize("depth", IMAGENET_STAGES)
+def test_multiply_adds(depth):
+    model = flaxnets.create_model(f"resnet{depth}", stride_in_3x3=False)
+    # Table 1 of the paper; the dense layer is counted here.
     published = {18: 1.8e9, 34: 3.6e9, 50: 3.8e9, 101: 7.6e9, 152: 11.3e9}[depth]
-    assert published <= cost.multiply_adds <= 1.09 * published
+    assert count_cost(model, (224, 224, 3), 1000).multiply_adds == pytest.approx(
+        published, rel=0.02
+    )
 
 
 def test_depth_counts_the_weighted_layers():
     for depth in (8, 18, 34, 56):
         shapes = shapes_of(f"cifar_plain{depth}")
         assert sum(path[-1] == "kernel" for path in shapes) == depth
-    for depth in IMAGENET_PARAMETERS:
+    for depth in IMAGENET_STAGES:
         shapes = shapes_of(f"plain{depth}", (64, 64, 3))
         assert sum(path[-1] == "kernel" for path in shapes) == depth
 
@@ -134,37 +105,6 @@ def test_he_normal_is_untruncated_with_the_fan_out_variance():
     assert float(jnp.abs(kernel).max()) > 3 * std  # a truncated normal ends at 2
 
 
-@pytest.mark.parametrize(
-    ("name", "overrides"),
-    [
-        ("cifar_resnet8", {}),
-        ("cifar_plain8", {}),
-        ("cifar_resnet8", {"shortcut": "C"}),
-        ("resnet50", {"stage_sizes": (1, 1, 1, 1), "width": 4}),
-        ("plain50", {"stage_sizes": (1, 1, 1, 1), "width": 4, "stem": "small"}),
-        ("resnet18", {"stage_sizes": (1, 1, 1, 1), "width": 4, "shortcut": "A"}),
-    ],
-)
-def test_every_parameter_gets_a_gradient(name, overrides):
-    model = flaxnets.create_model(name, num_classes=10, **overrides)
-    images = jax.random.normal(jax.random.key(1), (4, 32, 32, 3))
-    variables = init_variables(model, jax.random.key(0), (32, 32, 3))
-
-    @jax.jit
-    def gradients(params):
-        def loss(params):
-            logits, _ = model.apply(
-                {**variables, "params": params}, images, train=True, mutable=["batch_stats"]
-            )
-            return cross_entropy(logits, jnp.arange(4)).mean()
-
-        return jax.grad(loss)(params)
-
-    for path, gradient in flatten_dict(gradients(variables["params"])).items():
-        assert jnp.isfinite(gradient).all(), path
-        assert (gradient != 0).any(), path
-
-
 def test_zero_padded_shortcut_puts_channels_in_the_middle():
     model = flaxnets.create_model("cifar_resnet8", zero_init_last_scale=True)
     images = jax.random.normal(jax.random.key(0), (2, 8, 8, 3))
@@ -187,18 +127,6 @@ def test_stems():
     assert ordinary["params", "conv1", "kernel"] == (7, 7, 3, 64)
 
 
-def test_bfloat16_computes_in_bfloat16_and_keeps_float32():
-    model = flaxnets.create_model("cifar_resnet8", dtype=jnp.bfloat16)
-    images = jnp.ones((2, 8, 8, 3))
-    variables = init_variables(model, jax.random.key(0), (8, 8, 3))
-    logits, updates = jax.eval_shape(
-        lambda v: model.apply(v, images, train=True, mutable=["batch_stats"]), variables
-    )
-    assert logits.dtype == jnp.bfloat16
-    for leaf in jax.tree.leaves((variables, updates)):
-        assert leaf.dtype == jnp.float32
-
-
 def test_relu_keeps_nan_and_has_no_gradient_at_zero():
     assert jnp.isnan(relu(jnp.float32(jnp.nan)))
     assert jax.grad(relu)(0.0) == 0
@@ -210,26 +138,3 @@ def test_relu_keeps_nan_and_has_no_gradient_at_zero():
 def test_unknown_options_are_refused(option):
     with pytest.raises(flaxnets.InputError, match=f"{next(iter(option))} is one of"):
         flaxnets.create_model("resnet18", **option)
-
-
-def test_names():
-    names = flaxnets.list_models()
-    assert {"resnet18", "plain152", "cifar_resnet1202", "cifar_plain<depth>"} <= set(names)
-    for name in names:
-        if "<" not in name:
-            flaxnets.create_model(name)
-    assert flaxnets.create_model("cifar_plain26").residual is False
-
-
-@pytest.mark.parametrize(
-    ("name", "message"),
-    [
-        ("resnet_18", "did you mean resnet18?"),
-        ("resnet19", "18, 34, 50, 101, 152"),
-        ("cifar_resnet21", "even depths from 8"),
-        ("cifar_plain6", "even depths from 8"),
-    ],
-)
-def test_unknown_names(name, message):
-    with pytest.raises(flaxnets.InputError, match=message.replace("?", r"\?")):
-        flaxnets.create_model(name)

@@ -1,0 +1,157 @@
+"""Layers that the networks share."""
+
+import math
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from flaxnets.errors import InputError
+from flaxnets.models.convolution import conv_general_dilated
+
+Layer = Callable[..., Any]
+
+
+def he_normal_fan_out(key: jax.Array, shape: Sequence[int], dtype: Any = jnp.float32) -> jax.Array:
+    """Untruncated normal of variance 2 / fan-out, for kernels `(height, width, in, out)`.
+
+    He et al. (2015), "Delving Deep into Rectifiers" (arXiv:1502.01852, equation 14), and
+    torchvision. `nn.initializers.he_normal` is truncated, and of variance 2 / fan-in. The same
+    numbers as `variance_scaling(2.0, "fan_out", "normal")`; a flat draw compiles in a third.
+    """
+    fan_out = math.prod(shape) // shape[-2]
+    flat = jax.random.normal(key, (math.prod(shape),), dtype)
+    return (math.sqrt(2 / fan_out) * flat).reshape(shape)
+
+
+# torch's default for convolutions and dense layers.
+uniform_fan_in = nn.initializers.variance_scaling(1 / 3, "fan_in", "uniform")
+
+dense = partial(nn.Dense, kernel_init=uniform_fan_in)
+
+
+def conv(
+    filters: int,
+    size: int,
+    stride: int = 1,
+    *,
+    padding: int | str | None = None,
+    use_bias: bool = False,
+    kernel_init: nn.initializers.Initializer = he_normal_fan_out,
+    **kwargs: Any,
+) -> nn.Conv:
+    """A `size` x `size` convolution with padding `(size - 1) // 2` on every side unless given."""
+    return nn.Conv(
+        filters,
+        (size, size),
+        stride,
+        padding=(size - 1) // 2 if padding is None else padding,
+        use_bias=use_bias,
+        kernel_init=kernel_init,
+        conv_general_dilated=conv_general_dilated,
+        **kwargs,
+    )
+
+
+def batch_norm(
+    *, momentum: float = 0.9, epsilon: float = 1e-5, param_dtype: Any = jnp.float32, **kwargs: Any
+) -> nn.BatchNorm:
+    """BatchNorm (Ioffe and Szegedy 2015, arXiv:1502.03167) with torchvision's constants.
+
+    `momentum` is what the running statistics keep, 1 - that of torch.
+    """
+    return nn.BatchNorm(
+        momentum=momentum,
+        epsilon=epsilon,
+        param_dtype=param_dtype,
+        # Statistics of bfloat16 activations stay float32; those of float64 ones, float64.
+        force_float32_reductions=param_dtype != jnp.float64,
+        **kwargs,
+    )
+
+
+def relu(x: jax.Array) -> jax.Array:
+    """Rectifier `max(x, 0)`; its gradient at 0 is 0, and NaN stays NaN.
+
+    `maximum` after an addition makes XLA on CPUs compute the whole residual stream again in every
+    later block, a step time quadratic in depth; this form does not.
+    """
+    return jnp.where(x <= 0, 0, x)
+
+
+def max_pool(x: jax.Array, size: int, stride: int, padding: int = 0) -> jax.Array:
+    """Largest value in windows of `size` x `size`; windows that do not fit are left out."""
+    pads: Any = ((padding, padding), (padding, padding))  # annotated as str in Flax
+    return nn.max_pool(x, (size, size), (stride, stride), pads)
+
+
+def adaptive_average_pool(x: jax.Array, size: int) -> jax.Array:
+    """`(batch, height, width, channels)` -> `(batch, size, size, channels)`, as torch does it.
+
+    Output i of an axis of n pixels averages pixels floor(i n / size) to ceil((i + 1) n / size), so
+    that bins overlap where n does not divide and repeat pixels where n is below `size`.
+    """
+    if x.shape[1:3] == (size, size):
+        return x
+
+    def bins(n: int) -> jax.Array:
+        i, pixel = jnp.arange(size)[:, None], jnp.arange(n)
+        inside = (pixel >= i * n // size) & (pixel < -(-(i + 1) * n // size))
+        return (inside / inside.sum(1, keepdims=True)).astype(x.dtype)
+
+    height, width = x.shape[1:3]
+    return jnp.einsum(
+        "ih,jw,bhwc->bijc", bins(height), bins(width), x, precision=lax.Precision.HIGHEST
+    )
+
+
+def local_response_norm(x: jax.Array) -> jax.Array:
+    """Local response normalisation over 5 neighbouring channels, `(..., channels)`.
+
+    Krizhevsky et al. (2012), section 3.3: x / (2 + 1e-4 sum x^2)^0.75. As that formula is printed,
+    alpha = 1e-4 multiplies the sum; torch and Caffe divide it by the 5 channels, so that their
+    alpha for the same function is 5e-4.
+    """
+    n, k, alpha, beta = 5, 2.0, 1e-4, 0.75
+    channels = x.shape[-1]
+    squares = jnp.pad(x * x, [(0, 0)] * (x.ndim - 1) + [(n // 2, n // 2)])
+    total = sum(squares[..., i : i + channels] for i in range(n))
+    return x / (k + alpha * total) ** beta
+
+
+def check_pixels(x: jax.Array, images: jax.Array) -> None:
+    """Refuse `images` of which the feature map `x` has nothing left.
+
+    Raises:
+      InputError: they are too small.
+    """
+    if 0 in x.shape[1:]:
+        height, width = images.shape[1:3]
+        raise InputError(f"images of {height}x{width} pixels are too small for this network")
+
+
+def classifier(
+    x: jax.Array,
+    width: int,
+    num_classes: int,
+    dropout: Layer,
+    hidden: Layer,
+    head: Layer,
+    dropout_first: bool = False,
+) -> jax.Array:
+    """Two hidden dense layers with dropout, and the head: `(batch, features)` -> logits.
+
+    Dropout follows each hidden layer, or with `dropout_first` comes before it. Call it from a
+    compact method, which then owns the layers.
+    """
+    for i in (1, 2):
+        if dropout_first:
+            x = dropout(name=f"dropout{i}")(x)
+        x = relu(hidden(width, name=f"dense{i}")(x))
+        if not dropout_first:
+            x = dropout(name=f"dropout{i}")(x)
+    return head(num_classes, name="head")(x)
