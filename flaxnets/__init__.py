@@ -3,7 +3,16 @@
 from flaxnets.errors import InputError
 from flaxnets.models import create_model, list_models
 from flaxnets.restore import restore
+from flaxnets.torch_weights import load_torch, save_torch
 
 __version__ = "0.1.0"
 
-__all__ = ["InputError", "__version__", "create_model", "list_models", "restore"]
+__all__ = [
+    "InputError",
+    "__version__",
+    "create_model",
+    "list_models",
+    "load_torch",
+    "restore",
+    "save_torch",
+]

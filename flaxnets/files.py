@@ -1,14 +1,17 @@
-"""Small files written whole or not at all."""
+"""Files written whole or not at all."""
 
 import os
 from pathlib import Path
 
 
-def write_atomic(path: Path, text: str) -> None:
-    """Write `path` so that whoever reads it, at any time, finds the old text or all of the new."""
+def write_atomic(path: Path, content: str | bytes) -> None:
+    """Write `path` so that whoever reads it, at any time, finds the old content or all of the new.
+
+    Text is written in UTF-8.
+    """
     temporary = path.with_name(f".{path.name}.tmp")
-    with temporary.open("w", encoding="utf-8", newline="") as file:
-        file.write(text)
+    with temporary.open("wb") as file:
+        file.write(content.encode() if isinstance(content, str) else content)
         file.flush()
         os.fsync(file.fileno())
     temporary.replace(path)

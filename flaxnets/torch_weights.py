@@ -1,0 +1,326 @@
+"""Weights of PyTorch's networks, in and out.
+
+The layouts are those of torchvision (and timm, whose names are the same) for AlexNet, VGG and the
+ImageNet family of ResNets, and for the CIFAR family the common one: `conv1`, `bn1`,
+`layer1.0.conv1` ... `linear`.
+"""
+
+import os
+import pickle
+import re
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import safetensors
+import safetensors.numpy
+from flax.traverse_util import flatten_dict, unflatten_dict
+
+from flaxnets.errors import InputError
+from flaxnets.files import write_atomic
+from flaxnets.models import create_model, published_image_shape
+from flaxnets.models.vgg import VGGS
+
+LEAVES = {
+    "kernel": "weight",
+    "scale": "weight",
+    "bias": "bias",
+    "mean": "running_mean",
+    "var": "running_var",
+}
+CLASSIFIER = ("dense1", "dense2", "head")
+ALEXNET = {
+    **{f"conv{i}": f"features.{j}" for i, j in enumerate((0, 3, 6, 8, 10), 1)},
+    "dense1": "classifier.1",
+    "dense2": "classifier.4",
+    "head": "classifier.6",
+}
+
+
+class Entry(NamedTuple):
+    """A leaf of `variables` and the tensor of a state dict that holds the same numbers."""
+
+    path: tuple[str, ...]
+    key: str
+    shape: tuple[int, ...]  # of the tensor
+    to_torch: Callable[[np.ndarray], np.ndarray]
+    from_torch: Callable[[np.ndarray], np.ndarray]
+
+
+def load_torch(
+    name: str, weights: str | os.PathLike | Mapping[str, Any], **overrides: Any
+) -> tuple[nn.Module, dict[str, Any]]:
+    """A network with the weights of its PyTorch counterpart.
+
+    Args:
+      name: `alexnet`, a VGG or a ResNet of version 1 (`resnet50`, `cifar_resnet20`).
+      weights: a `.safetensors` file; a `.pth`, `.pt` or `.th` file, which needs torch and of which
+        only tensors are ever unpickled; or a state dict of tensors or arrays. It may be nested
+        under `state_dict` or `model`, and its names may start with `module.`
+      overrides: as for `create_model`. The number of classes and of input channels are those of the
+        weights. Another `num_classes` keeps the backbone and starts a new head (from seed 0);
+        `num_classes=None` leaves out the classifier.
+
+    Returns:
+      The module, and `variables` for its `apply`: `params` and, with BatchNorm, `batch_stats`, in
+      the model's `param_dtype`.
+
+    Raises:
+      InputError: the weights cannot be read or do not fit the network; it names the entries.
+    """
+    layout = _layout(name)
+    tensors, source = _read(weights)
+    head, stem = (tensors.get(f"{layout(module)}.weight") for module in ("head", _stem(name)))
+    if head is None or stem is None or head.ndim != 2 or stem.ndim != 4:
+        raise InputError(
+            f"{source} does not fit {name}: it has no {layout(_stem(name))}.weight or "
+            f"{layout('head')}.weight; its names are {_some(list(tensors))}"
+        )
+    classes = overrides.pop("num_classes", len(head))
+    model: Any = create_model(name, classes, **overrides)
+    entries = _entries(model, layout, _image_shape(name, stem.shape[1]))
+
+    replaced = classes is not None and classes != len(head)
+    problems, found, used = [], {}, set()
+    for entry in entries:
+        used.add(entry.key)
+        if replaced and entry.path[1] == "head":
+            continue
+        tensor = tensors.get(entry.key)
+        if tensor is None:
+            problems.append(f"{entry.key} is missing")
+        elif tensor.shape != entry.shape:
+            problems.append(f"{entry.key} is {tensor.shape}, not {entry.shape}")
+        else:
+            found[entry.path] = jnp.asarray(entry.from_torch(tensor), model.param_dtype)
+    dropped = CLASSIFIER if classes is None else ()
+    for key in tensors:
+        module = key.rpartition(".")[0]
+        if key not in used and module not in map(layout, dropped):
+            problems.append(f"{key} is unexpected")
+    _refuse(problems, f"{source} does not fit {name}")
+    variables = unflatten_dict(found)
+    if replaced:
+        variables["params"]["head"] = _new_head(model, _image_shape(name, stem.shape[1]))
+    return model, variables
+
+
+def save_torch(
+    variables: Mapping[str, Any], name: str, path: str | os.PathLike, **overrides: Any
+) -> None:
+    """Write `variables` of the network `name` as `.safetensors` that PyTorch's network loads with
+    `strict=True`: `model.load_state_dict(safetensors.torch.load_file(path))`.
+
+    Args:
+      variables: `params` and `batch_stats`.
+      name: as for `load_torch`.
+      path: of the file, which is written whole or not at all.
+      overrides: those that the network was created with, if they change its parameters.
+
+    Raises:
+      InputError: the network has no PyTorch counterpart, the variables are not its own, or `path`
+        does not end in `.safetensors`.
+    """
+    layout = _layout(name)
+    path = Path(path)
+    if path.suffix != ".safetensors":
+        raise InputError(f"weights are written as .safetensors, not {path.name!r}")
+    leaves: Any = flatten_dict(dict(variables))
+    stem = leaves.get(("params", _stem(name), "kernel"))
+    head = leaves.get(("params", "head", "bias"))
+    if stem is None:
+        raise InputError(f"these are not variables of {name}: params/{_stem(name)} is missing")
+    model = create_model(name, None if head is None else head.size, **overrides)
+    entries = _entries(model, layout, _image_shape(name, stem.shape[2]))
+
+    problems, tensors = [], {}
+    for entry in entries:
+        leaf = leaves.pop(entry.path, None)
+        tensor = None if leaf is None else entry.to_torch(np.asarray(leaf))
+        if tensor is None:
+            problems.append(f"{'/'.join(entry.path)} is missing")
+        elif tensor.shape != entry.shape:
+            problems.append(f"{'/'.join(entry.path)} is {tensor.shape} in {entry.key}")
+        else:
+            tensors[entry.key] = np.ascontiguousarray(tensor)
+            if entry.path[-1] == "mean":
+                module = entry.key.rpartition(".")[0]
+                tensors[f"{module}.num_batches_tracked"] = np.zeros((), np.int64)
+    problems += [f"{'/'.join(path)} is unexpected" for path in leaves]
+    _refuse(problems, f"these are not variables of {name}")
+    write_atomic(path, safetensors.numpy.save(tensors, {"format": "pt"}))
+
+
+def _layout(name: str) -> Callable[..., str]:
+    """Names of a Linen module, from the outermost in, -> the name of the torch module."""
+    if name == "alexnet":
+        return lambda module: ALEXNET[module]
+    if name in VGGS and not name.endswith(("_lrn", "_1x1")):
+        names = {"dense1": "classifier.0", "dense2": "classifier.3", "head": "classifier.6"}
+        layer = 0
+        for i, convolutions in enumerate(VGGS[name]["stage_sizes"], 1):
+            for j in range(1, convolutions + 1):
+                names[f"stage{i}_conv{j}"] = f"features.{layer}"
+                names[f"stage{i}_bn{j}"] = f"features.{layer + 1}"
+                layer += 3 if name.endswith("_bn") else 2
+            layer += 1  # the pooling
+        return lambda module: names[module]
+    match = re.fullmatch(r"(cifar_)?resnet\d+", name)
+    if match is None:
+        raise InputError(
+            f"no PyTorch layout is known for {name!r}: only for alexnet, vgg11, 13, 16, 19 "
+            "(and _bn), resnet18 ... resnet152 and cifar_resnet<depth>"
+        )
+    head, shortcut = ("linear", "shortcut") if match[1] else ("fc", "downsample")
+
+    def resnet(module: str, layer: str | None = None) -> str:
+        if layer is None:
+            return head if module == "head" else module
+        stage, block = map(int, re.findall(r"\d+", module))
+        layer = {"shortcut_conv": f"{shortcut}.0", "shortcut_bn": f"{shortcut}.1"}.get(layer, layer)
+        return f"layer{stage}.{block - 1}.{layer}"
+
+    return resnet
+
+
+def _stem(name: str) -> str:
+    return "stage1_conv1" if name.startswith("vgg") else "conv1"
+
+
+def _image_shape(name: str, channels: int) -> tuple[int, int, int]:
+    height, width, _ = published_image_shape(name)
+    return height, width, channels
+
+
+def _init(model: nn.Module, image_shape: tuple[int, int, int]) -> Any:
+    return model.init(jax.random.key(0), jnp.zeros((1, *image_shape)), train=False)
+
+
+def _new_head(model: nn.Module, image_shape: tuple[int, int, int]) -> dict[str, jax.Array]:
+    # Under jit nothing but the head is computed.
+    return jax.jit(lambda: _init(model, image_shape)["params"]["head"])()
+
+
+def _entries(
+    model: nn.Module, layout: Callable[..., str], image_shape: tuple[int, int, int]
+) -> list[Entry]:
+    leaves: Any = flatten_dict(jax.eval_shape(lambda: _init(model, image_shape)))
+    # Of the maps that `dense1` of AlexNet and VGG sees, flattened: pixel by pixel here, channel by
+    # channel in torch.
+    channels = [leaves[path].shape[-1] for path in sorted(leaves) if leaves[path].ndim == 4][-1]
+    entries = []
+    for path, leaf in leaves.items():
+        modules, name = path[1:-1], path[-1]
+        to_torch, from_torch = _same, _same
+        if leaf.ndim == 4:
+            to_torch, from_torch = _conv_to_torch, _conv_from_torch
+        elif leaf.ndim == 2:
+            maps = channels if modules == ("dense1",) else leaf.shape[0]
+            to_torch, from_torch = _dense_to_torch(maps), _dense_from_torch(maps)
+        shape = jax.eval_shape(to_torch, leaf).shape
+        entries.append(
+            Entry(path, f"{layout(*modules)}.{LEAVES[name]}", shape, to_torch, from_torch)
+        )
+    return entries
+
+
+def _same(array: Any) -> Any:
+    return array
+
+
+def _conv_to_torch(kernel: Any) -> Any:
+    return kernel.transpose(3, 2, 0, 1)
+
+
+def _conv_from_torch(weight: Any) -> Any:
+    return weight.transpose(2, 3, 1, 0)
+
+
+def _dense_to_torch(channels: int) -> Callable[[Any], Any]:
+    def convert(kernel: Any) -> Any:
+        features, units = kernel.shape
+        maps = kernel.reshape(features // channels, channels, units)
+        return maps.transpose(2, 1, 0).reshape(units, features)
+
+    return convert
+
+
+def _dense_from_torch(channels: int) -> Callable[[Any], Any]:
+    def convert(weight: Any) -> Any:
+        units, features = weight.shape
+        maps = weight.reshape(units, channels, features // channels)
+        return maps.transpose(2, 1, 0).reshape(features, units)
+
+    return convert
+
+
+def _read(weights: str | os.PathLike | Mapping[str, Any]) -> tuple[dict[str, np.ndarray], str]:
+    """The tensors by name, without BatchNorm's counts of batches, and where they are from."""
+    if isinstance(weights, Mapping):
+        content, source = weights, "the state dict"
+    else:
+        source = str(weights)
+        content = _read_file(Path(weights))
+    for key in ("state_dict", "model"):
+        if isinstance(content, Mapping) and isinstance(content.get(key), Mapping):
+            content = content[key]
+    if not isinstance(content, Mapping) or not content:
+        raise InputError(f"{source} holds no state dict")
+    tensors = {}
+    for key, value in content.items():
+        if not hasattr(value, "shape"):
+            raise InputError(
+                f"{source} is not a state dict: {key!r} is a {type(value).__name__}, no tensor"
+            )
+        key = str(key).removeprefix("module.")
+        if not key.endswith("num_batches_tracked"):
+            tensors[key] = _to_numpy(value)
+    return tensors, source
+
+
+def _read_file(path: Path) -> Any:
+    if not path.is_file():
+        raise InputError(f"there is no file {path}")
+    if path.suffix == ".safetensors":
+        try:
+            return safetensors.numpy.load_file(path)
+        except safetensors.SafetensorError as error:
+            raise InputError(f"{path} is damaged or not a safetensors file: {error}") from error
+    if path.suffix not in (".pth", ".pt", ".th"):
+        raise InputError(f"weights come as .safetensors, .pth, .pt or .th, not {path.name!r}")
+    try:
+        import torch
+    except ImportError as error:
+        raise InputError(
+            f"reading {path} needs torch: pip install torch, or use weights as .safetensors"
+        ) from error
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        raise InputError(
+            f"{path} is damaged or holds Python objects besides tensors, which are never "
+            "unpickled; save its state_dict() alone"
+        ) from error
+    except (RuntimeError, EOFError, ValueError) as error:
+        raise InputError(f"{path} is damaged or not a torch file: {error}") from error
+
+
+def _to_numpy(tensor: Any) -> np.ndarray:
+    if hasattr(tensor, "detach"):  # torch's; NumPy has no bfloat16
+        tensor = tensor.detach().cpu()
+        tensor = tensor.float() if str(tensor.dtype) == "torch.bfloat16" else tensor.numpy()
+    return np.asarray(tensor)
+
+
+def _refuse(problems: Sequence[str], what: str) -> None:
+    if problems:
+        raise InputError(f"{what}: {_some(problems)}")
+
+
+def _some(items: Sequence[str], most: int = 4) -> str:
+    more = f" and {len(items) - most} more" if len(items) > most else ""
+    return ", ".join(items[:most]) + more
