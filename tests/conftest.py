@@ -33,6 +33,12 @@ def degradation():
 
 
 @pytest.fixture(scope="session")
+def show():
+    """`experiments/show.py`."""
+    return load_script("show")
+
+
+@pytest.fixture(scope="session")
 def data_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A TFDS directory with the digits in it."""
     from flaxnets.data import load_dataset

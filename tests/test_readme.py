@@ -8,6 +8,10 @@ import sys
 from pathlib import Path
 
 import pytest
+import safetensors.torch
+import torch
+
+from tests.reference import torchvision_network
 
 ROOT = Path(__file__).parents[1]
 BLOCKS = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
@@ -37,12 +41,26 @@ def run(data_dir, tmp_path):
 
 
 def test_every_block_is_tested_here():
-    markers = ("def build(", "flaxnets.restore(", "make_train_step(", "create_model(")
+    markers = ("def build(", "flaxnets.restore(", "make_train_step(", "list_models()")
+    markers += ("num_classes=None", "load_torch(")
     assert len(BLOCKS) == len(markers)
 
 
 def test_import_a_network(run):
     assert run("-c", block("list_models()")).splitlines()[-1] == "(2, 10)"
+
+
+def test_features(run):
+    printed = run("-c", block("num_classes=None"))
+    assert printed == "(2, 64) [(2, 32, 32, 16), (2, 16, 16, 32), (2, 8, 8, 64)]\n"
+
+
+def test_weights_from_and_to_pytorch(run, tmp_path):
+    state = torchvision_network("resnet18").state_dict()
+    safetensors.torch.save_file(state, tmp_path / "resnet18.safetensors")
+    run("-c", block("load_torch("))
+    again = safetensors.torch.load_file(tmp_path / "again.safetensors")
+    assert all(torch.equal(again[key], value) for key, value in state.items())
 
 
 def test_a_kind_of_ones_own(run, tmp_path):
