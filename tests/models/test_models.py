@@ -8,7 +8,7 @@ from flax.traverse_util import flatten_dict
 
 import flaxnets
 from flaxnets.models import published_image_shape
-from flaxnets.models.cost import count_cost
+from flaxnets.models.cost import list_layers
 from flaxnets.training.steps import cross_entropy, init_variables
 from tests.helpers import quick_jit, random_images, random_variables
 
@@ -119,9 +119,8 @@ def small_model(name, **overrides):
 
 @pytest.mark.parametrize("name", NAMES)
 def test_parameters(name):
-    model = flaxnets.create_model(name)
-    cost = count_cost(model, published_image_shape(name), model.num_classes)
-    assert cost.parameters == PARAMETERS[name]
+    layers = list_layers(flaxnets.create_model(name), published_image_shape(name))
+    assert sum(layer.cost.parameters for layer in layers) == PARAMETERS[name]
 
 
 def test_every_name_has_its_number_of_parameters():
@@ -197,9 +196,7 @@ def test_every_parameter_gets_a_gradient(name):
         assert np.any(np.asarray(gradient) != 0), path
 
 
-@pytest.mark.parametrize(
-    "name", [name for name in SMALL if name[:3] in ("ale", "vgg", "cnn", "yne")]
-)
+@pytest.mark.parametrize("name", ["alexnet", "vgg11_lrn", "vgg_residual", "cnn", "ynet"])
 def test_dropout_in_training_alone(name):
     model, shape = small_model(name)
     images = random_images(2, *shape)
@@ -241,22 +238,25 @@ def test_remat_changes_nothing_but_the_memory(name):
 
 @pytest.mark.slow
 def test_1202_layers_initialise_run_and_take_a_step():
-    """About TIME here, nearly all of it compilation."""
+    """Five minutes, nearly all of it tracing and compilation.
+
+    In training mode: at the start the running statistics are those of no batch, every block doubles
+    the variance, and 600 of them overflow.
+    """
     model = flaxnets.create_model("cifar_resnet1202")
     images = random_images(2, 8, 8, 3)
     variables = init_variables(model, jax.random.key(0), (8, 8, 3))
-    assert jnp.isfinite(quick_jit(model.apply)(variables, images)).all()
+
+    def loss(params):
+        logits, _ = model.apply(
+            {**variables, "params": params}, images, train=True, mutable=["batch_stats"]
+        )
+        return cross_entropy(logits, jnp.arange(2)).mean()
 
     @quick_jit
     def step(params):
-        def loss(params):
-            logits, _ = model.apply(
-                {**variables, "params": params}, images, train=True, mutable=["batch_stats"]
-            )
-            return cross_entropy(logits, jnp.arange(2)).mean()
-
-        loss, gradient = jax.value_and_grad(loss)(params)
-        return loss, jax.tree.map(lambda p, g: p - 1e-4 * g, params, gradient)
+        value, gradient = jax.value_and_grad(loss)(params)
+        return value, jax.tree.map(lambda p, g: p - 1e-4 * g, params, gradient)
 
     before, params = step(variables["params"])
     assert jnp.isfinite(before)
