@@ -33,6 +33,18 @@ def check(model, network, *images):
     assert assigned == network.count_params()
     theirs = network(images[0], training=False)
     assert relative_error(quick_jit(model.apply)(variables, *images), theirs) <= 1e-5
+    return variables
+
+
+def check_running_statistics(model, network, variables, images):
+    """After one batch in training mode."""
+    network(images, training=True)
+    _, updates = quick_jit(lambda v: model.apply(v, images, train=True, mutable=["batch_stats"]))(
+        variables
+    )
+    for path, ours in flatten_dict(updates["batch_stats"]).items():
+        theirs = getattr(network.get_layer("-".join(path[:-1])), LEAVES[path[-1]])
+        assert relative_error(ours, theirs) <= 1e-5, path
 
 
 def conv(x, filters, size, stride, name):
@@ -59,7 +71,10 @@ def test_keras_resnet_v1(depth):
     x = layers.Flatten()(layers.AveragePooling2D(8)(x))
     network = keras.Model(inputs, layers.Dense(10, name="head")(x))
     model = flaxnets.create_model(f"keras_resnet{depth}v1")
-    check(model, network, random_images(2, 32, 32, 3))
+    images = random_images(2, 32, 32, 3)
+    variables = check(model, network, images)
+    if depth == 8:
+        check_running_statistics(model, network, variables, images)
 
 
 @pytest.mark.parametrize("depth", [11, 29])

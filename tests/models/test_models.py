@@ -212,6 +212,52 @@ def test_dropout_in_training_alone(name):
     assert (apply(True, 1) != apply(True, 2)).any()
 
 
+@pytest.mark.parametrize("name", ["alexnet", "alexnet2012"])
+def test_dropout_comes_before_the_hidden_layers_in_torchvisions_alexnet_and_after_in_the_papers(
+    name,
+):
+    model, shape = small_model(name, dropout=1.0)  # everything is dropped
+    images = random_images(1, *shape)
+    variables = random_variables(model, images)
+    logits = model.apply(variables, images, train=True, rngs={"dropout": jax.random.key(0)})
+    dense2, head = variables["params"]["dense2"], variables["params"]["head"]
+    features = np.maximum(dense2["bias"], 0) if name == "alexnet" else np.zeros(4096)
+    np.testing.assert_allclose(logits[0], features @ head["kernel"] + head["bias"], atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("name", "stds"),
+    [
+        # Kernel -> standard deviation: the paper's; torch's default; fan-out He; Glorot; Keras's.
+        ("alexnet2012", {"conv1": 0.01, "dense1": 0.01, "head": 0.01}),
+        ("alexnet", {"conv1": (1 / 3 / 363) ** 0.5, "head": (1 / 3 / 4096) ** 0.5}),
+        ("vgg11_bn", {"stage2_conv1": (2 / 9 / 128) ** 0.5, "dense1": 0.01}),
+        ("cnn", {"conv2": (2 / 9 / (4 + 4)) ** 0.5}),
+        ("keras_resnet8v1", {"stage3_block1/conv2": (2 / 9 / 64) ** 0.5, "head": (2 / 64) ** 0.5}),
+    ],
+)
+def test_initialisation(name, stds):
+    model, shape = small_model(name)
+
+    @quick_jit
+    def draw():
+        leaves = flatten_dict(init_variables(model, jax.random.key(0), shape)["params"])
+        leaves = {"/".join(path): leaf for path, leaf in leaves.items()}
+        return {
+            path: leaf
+            for path, leaf in leaves.items()
+            if path.endswith("/bias") or path.removesuffix("/kernel") in stds
+        }
+
+    leaves = draw()
+    for layer, std in stds.items():
+        assert np.std(leaves[f"{layer}/kernel"]) == pytest.approx(std, rel=0.1), layer
+    ones = {"conv2", "conv4", "conv5", "dense1", "dense2"} if name == "alexnet2012" else set()
+    for path, leaf in leaves.items():
+        if path.endswith("/bias"):
+            assert (np.asarray(leaf) == (path.split("/")[0] in ones)).all(), path
+
+
 @pytest.mark.parametrize("name", ["cifar_resnet8", "cifar_resnet8v2"])
 def test_remat_changes_nothing_but_the_memory(name):
     images = random_images(4, 8, 8, 3)
