@@ -24,6 +24,7 @@ from flaxnets.models import ResNet, create_model, list_models, published_image_s
 from flaxnets.models.cost import Cost, LayerCost, list_layers, list_modules
 from flaxnets.tables import millions
 
+LARGEST = 10_000
 SUFFIXES = (".svg", ".png", ".pdf")
 
 
@@ -48,7 +49,10 @@ def main(arguments: list[str] | None = None) -> int:
         title = f"{name}\n{describe(sum_costs(layers))}"
         drawings.append((title, find_blocks(parts, getattr(model, "residual", False))))
     if args.figure:
-        draw_networks(drawings, args.figure)
+        try:
+            draw_networks(drawings, args.figure)
+        except OSError as error:
+            raise InputError(f"--figure {args.figure}: {error.strerror}") from error
         console.print(f"figure: {args.figure}", soft_wrap=True)
     return 0
 
@@ -113,12 +117,12 @@ def describe(cost: Cost) -> str:
 def image_shape(text: str) -> tuple[int, int, int]:
     """Argument type: `224x224x3`."""
     match = re.fullmatch(r"(\d+)x(\d+)x(\d+)", text)
-    shape = tuple(map(int, match.groups())) if match else (0,)
-    if len(shape) != 3 or 0 in shape:
+    height, width, channels = map(int, match.groups()) if match else (0, 0, 0)
+    if not (0 < height <= LARGEST and 0 < width <= LARGEST and 0 < channels <= LARGEST):
         raise argparse.ArgumentTypeError(
-            f"{text!r} is not height x width x channels, such as 224x224x3"
+            f"{text!r} is not height x width x channels, such as 224x224x3, of at most {LARGEST}"
         )
-    return shape
+    return height, width, channels
 
 
 def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
@@ -140,6 +144,10 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
         raise InputError("name a network: python experiments/show.py resnet34")
     if args.figure and args.figure.suffix not in SUFFIXES:
         raise InputError(f"--figure ends in {', '.join(SUFFIXES)}, not {args.figure.name!r}")
+    if args.classes and args.classes > LARGEST**2:
+        raise InputError(f"--classes is at most {LARGEST**2}")
+    if args.figure and args.figure.is_dir():
+        raise InputError(f"--figure: {args.figure} is a directory")
     if args.figure and not args.figure.parent.is_dir():
         raise InputError(f"--figure: there is no directory {args.figure.parent}")
     return args

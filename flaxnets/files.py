@@ -1,5 +1,6 @@
 """Files written whole or not at all."""
 
+import errno
 import os
 from pathlib import Path
 
@@ -9,6 +10,8 @@ def write_atomic(path: Path, content: str | bytes) -> None:
 
     Text is written in UTF-8.
     """
+    if path.is_dir():
+        raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
     temporary = path.with_name(f".{path.name}.tmp")
     with temporary.open("wb") as file:
         file.write(content.encode() if isinstance(content, str) else content)

@@ -1,8 +1,8 @@
 """Weights of PyTorch's networks, in and out.
 
-The layouts are those of torchvision (and timm, whose names are the same) for AlexNet, VGG and the
-ImageNet family of ResNets, and for the CIFAR family the common one: `conv1`, `bn1`,
-`layer1.0.conv1` ... `linear`.
+The layouts are those of torchvision for AlexNet, VGG and the ImageNet family of ResNets, which is
+timm's as well, and for the CIFAR family the common one: `conv1`, `bn1`, `layer1.0.conv1` ...
+`linear`.
 """
 
 import os
@@ -46,6 +46,7 @@ class Entry(NamedTuple):
 
     path: tuple[str, ...]
     key: str
+    leaf_shape: tuple[int, ...]
     shape: tuple[int, ...]  # of the tensor
     to_torch: Callable[[np.ndarray], np.ndarray]
     from_torch: Callable[[np.ndarray], np.ndarray]
@@ -62,8 +63,8 @@ def load_torch(
         only tensors are ever unpickled; or a state dict of tensors or arrays. It may be nested
         under `state_dict` or `model`, and its names may start with `module.`
       overrides: as for `create_model`. The number of classes and of input channels are those of the
-        weights. Another `num_classes` keeps the backbone and starts a new head (from seed 0);
-        `num_classes=None` leaves out the classifier.
+        weights. Another `num_classes` keeps the backbone and starts a new head (from seed 0), also
+        where the weights have none; `num_classes=None` leaves out the classifier.
 
     Returns:
       The module, and `variables` for its `apply`: `params` and, with BatchNorm, `batch_stats`, in
@@ -74,17 +75,25 @@ def load_torch(
     """
     layout = _layout(name)
     tensors, source = _read(weights)
+    classes = overrides.pop("num_classes", ...)
     head, stem = (tensors.get(f"{layout(module)}.weight") for module in ("head", _stem(name)))
-    if head is None or stem is None or head.ndim != 2 or stem.ndim != 4:
-        raise InputError(
-            f"{source} does not fit {name}: it has no {layout(_stem(name))}.weight or "
-            f"{layout('head')}.weight; its names are {_some(list(tensors))}"
-        )
-    classes = overrides.pop("num_classes", len(head))
+    for module, tensor, ndim in ((_stem(name), stem, 4), ("head", head, 2)):
+        if module == "head" and tensor is None and classes is not ...:
+            continue
+        if tensor is None or tensor.ndim != ndim:
+            what = "is missing" if tensor is None else f"has {tensor.ndim} dimensions, not {ndim}"
+            raise InputError(
+                f"{source} does not fit {name}: {layout(module)}.weight {what}; "
+                f"it has {_some(list(tensors))}"
+            )
+    assert stem is not None
+    old_classes = None if head is None else len(head)
+    if classes is ...:
+        classes = old_classes
     model: Any = create_model(name, classes, **overrides)
     entries = _entries(model, layout, _image_shape(name, stem.shape[1]))
 
-    replaced = classes is not None and classes != len(head)
+    replaced = classes is not None and classes != old_classes
     problems, found, used = [], {}, set()
     for entry in entries:
         used.add(entry.key)
@@ -96,7 +105,8 @@ def load_torch(
         elif tensor.shape != entry.shape:
             problems.append(f"{entry.key} is {tensor.shape}, not {entry.shape}")
         else:
-            found[entry.path] = jnp.asarray(entry.from_torch(tensor), model.param_dtype)
+            # A copy: the caller's tensors may change.
+            found[entry.path] = jnp.array(entry.from_torch(tensor), model.param_dtype)
     dropped = CLASSIFIER if classes is None else ()
     for key in tensors:
         module = key.rpartition(".")[0]
@@ -115,6 +125,8 @@ def save_torch(
     """Write `variables` of the network `name` as `.safetensors` that PyTorch's network loads with
     `strict=True`: `model.load_state_dict(safetensors.torch.load_file(path))`.
 
+    BatchNorm's counts of batches, which Flax does not have, are written as 0.
+
     Args:
       variables: `params` and `batch_stats`.
       name: as for `load_torch`.
@@ -123,34 +135,38 @@ def save_torch(
 
     Raises:
       InputError: the network has no PyTorch counterpart, the variables are not its own, or `path`
-        does not end in `.safetensors`.
+        does not end in `.safetensors` or cannot be written.
     """
     layout = _layout(name)
     path = Path(path)
     if path.suffix != ".safetensors":
         raise InputError(f"weights are written as .safetensors, not {path.name!r}")
-    leaves: Any = flatten_dict(dict(variables))
-    stem = leaves.get(("params", _stem(name), "kernel"))
-    head = leaves.get(("params", "head", "bias"))
-    if stem is None:
-        raise InputError(f"these are not variables of {name}: params/{_stem(name)} is missing")
-    model = create_model(name, None if head is None else head.size, **overrides)
-    entries = _entries(model, layout, _image_shape(name, stem.shape[2]))
+    if path.is_dir() or not path.parent.is_dir():
+        raise InputError(f"{path} cannot be written: give a file in a directory that exists")
+    leaves: Any = flatten_dict(dict(variables)) if isinstance(variables, Mapping) else {}
+    shapes = {path: np.shape(leaf) for path, leaf in leaves.items()}
+    stem = shapes.get(("params", _stem(name), "kernel"), ())
+    head = shapes.get(("params", "head", "bias"), ())
+    if len(stem) != 4:
+        raise InputError(f"these are not variables of {name}: no params/{_stem(name)}/kernel")
+    overrides["num_classes"] = head[0] if head else None
+    model = create_model(name, **overrides)
+    entries = _entries(model, layout, _image_shape(name, stem[2]))
 
     problems, tensors = [], {}
     for entry in entries:
         leaf = leaves.pop(entry.path, None)
-        tensor = None if leaf is None else entry.to_torch(np.asarray(leaf))
-        if tensor is None:
+        if leaf is None:
             problems.append(f"{'/'.join(entry.path)} is missing")
-        elif tensor.shape != entry.shape:
-            problems.append(f"{'/'.join(entry.path)} is {tensor.shape} in {entry.key}")
+        elif np.shape(leaf) != entry.leaf_shape:
+            shape = np.shape(leaf)
+            problems.append(f"{'/'.join(entry.path)} is {shape}, not {entry.leaf_shape}")
         else:
-            tensors[entry.key] = np.ascontiguousarray(tensor)
+            tensors[entry.key] = np.ascontiguousarray(entry.to_torch(np.asarray(leaf)))
             if entry.path[-1] == "mean":
                 module = entry.key.rpartition(".")[0]
                 tensors[f"{module}.num_batches_tracked"] = np.zeros((), np.int64)
-    problems += [f"{'/'.join(path)} is unexpected" for path in leaves]
+    problems += [f"{'/'.join(map(str, path))} is unexpected" for path in leaves]
     _refuse(problems, f"these are not variables of {name}")
     write_atomic(path, safetensors.numpy.save(tensors, {"format": "pt"}))
 
@@ -158,7 +174,7 @@ def save_torch(
 def _layout(name: str) -> Callable[..., str]:
     """Names of a Linen module, from the outermost in, -> the name of the torch module."""
     if name == "alexnet":
-        return lambda module: ALEXNET[module]
+        return lambda *path: str(ALEXNET.get(path[0], path[0]))
     if name in VGGS and not name.endswith(("_lrn", "_1x1")):
         names = {"dense1": "classifier.0", "dense2": "classifier.3", "head": "classifier.6"}
         layer = 0
@@ -168,7 +184,7 @@ def _layout(name: str) -> Callable[..., str]:
                 names[f"stage{i}_bn{j}"] = f"features.{layer + 1}"
                 layer += 3 if name.endswith("_bn") else 2
             layer += 1  # the pooling
-        return lambda module: names[module]
+        return lambda *path: str(names.get(path[0], path[0]))
     match = re.fullmatch(r"(cifar_)?resnet\d+", name)
     if match is None:
         raise InputError(
@@ -222,9 +238,8 @@ def _entries(
             maps = channels if modules == ("dense1",) else leaf.shape[0]
             to_torch, from_torch = _dense_to_torch(maps), _dense_from_torch(maps)
         shape = jax.eval_shape(to_torch, leaf).shape
-        entries.append(
-            Entry(path, f"{layout(*modules)}.{LEAVES[name]}", shape, to_torch, from_torch)
-        )
+        key = f"{layout(*modules)}.{LEAVES[name]}"
+        entries.append(Entry(path, key, leaf.shape, shape, to_torch, from_torch))
     return entries
 
 
@@ -262,9 +277,12 @@ def _read(weights: str | os.PathLike | Mapping[str, Any]) -> tuple[dict[str, np.
     """The tensors by name, without BatchNorm's counts of batches, and where they are from."""
     if isinstance(weights, Mapping):
         content, source = weights, "the state dict"
-    else:
+    elif isinstance(weights, str | os.PathLike):
         source = str(weights)
         content = _read_file(Path(weights))
+    else:
+        hint = "; give its state_dict()" if hasattr(weights, "state_dict") else ""
+        raise InputError(f"weights are a file or a state dict, not {type(weights).__name__}{hint}")
     for key in ("state_dict", "model"):
         if isinstance(content, Mapping) and isinstance(content.get(key), Mapping):
             content = content[key]
@@ -277,19 +295,23 @@ def _read(weights: str | os.PathLike | Mapping[str, Any]) -> tuple[dict[str, np.
                 f"{source} is not a state dict: {key!r} is a {type(value).__name__}, no tensor"
             )
         key = str(key).removeprefix("module.")
+        if key in tensors:
+            raise InputError(f"{source} has {key} twice, with and without module.")
         if not key.endswith("num_batches_tracked"):
-            tensors[key] = _to_numpy(value)
+            tensors[key] = _to_numpy(key, value, source)
     return tensors, source
 
 
 def _read_file(path: Path) -> Any:
-    if not path.is_file():
+    if not os.path.isfile(path):
         raise InputError(f"there is no file {path}")
     if path.suffix == ".safetensors":
         try:
             return safetensors.numpy.load_file(path)
-        except safetensors.SafetensorError as error:
+        except (safetensors.SafetensorError, OSError) as error:
             raise InputError(f"{path} is damaged or not a safetensors file: {error}") from error
+        except (TypeError, AttributeError) as error:  # a type that NumPy has not
+            raise InputError(f"{path} holds numbers of an unknown type: {error}") from error
     if path.suffix not in (".pth", ".pt", ".th"):
         raise InputError(f"weights come as .safetensors, .pth, .pt or .th, not {path.name!r}")
     try:
@@ -305,15 +327,27 @@ def _read_file(path: Path) -> Any:
             f"{path} is damaged or holds Python objects besides tensors, which are never "
             "unpickled; save its state_dict() alone"
         ) from error
-    except (RuntimeError, EOFError, ValueError) as error:
-        raise InputError(f"{path} is damaged or not a torch file: {error}") from error
+    except Exception as error:  # torch's reader raises whatever it stumbles over
+        raise InputError(
+            f"{path} is damaged or not a file of torch.save ({type(error).__name__})"
+        ) from error
 
 
-def _to_numpy(tensor: Any) -> np.ndarray:
-    if hasattr(tensor, "detach"):  # torch's; NumPy has no bfloat16
-        tensor = tensor.detach().cpu()
-        tensor = tensor.float() if str(tensor.dtype) == "torch.bfloat16" else tensor.numpy()
-    return np.asarray(tensor)
+def _to_numpy(key: str, tensor: Any, source: str) -> np.ndarray:
+    try:
+        if hasattr(tensor, "detach"):  # torch's; NumPy has no bfloat16
+            tensor = tensor.detach().cpu()
+            tensor = tensor.float() if str(tensor.dtype) == "torch.bfloat16" else tensor.numpy()
+        array = np.asarray(tensor)
+    except Exception as error:  # sparse, quantised, without data ...
+        raise InputError(
+            f"{source}: {key} cannot be read as an array ({type(error).__name__})"
+        ) from error
+    if not jnp.issubdtype(array.dtype, jnp.floating) or not array.size:
+        raise InputError(
+            f"{source}: {key} is {array.dtype} {array.shape}, not floating-point numbers"
+        )
+    return array
 
 
 def _refuse(problems: Sequence[str], what: str) -> None:

@@ -113,7 +113,6 @@ def test_round_trip_with_options(name, options, tmp_path):
         flaxnets.create_model(name, **options), np.ones((1, 32, 32, 3), np.float32)
     )
     path = tmp_path / "weights.safetensors"
-    options.pop("num_classes", None)
     flaxnets.save_torch(variables, name, path, **options)
     same(flaxnets.load_torch(name, path, **options)[1], variables)
 
@@ -186,12 +185,71 @@ def test_weights_that_do_not_fit_are_named():
     refused(message, "cifar_resnet8", changed)
     refused(r"layer1\.1\.bn1\..* is missing.* more", "cifar_resnet20", state)
     refused("is unexpected.* more", "cifar_resnet8", cifar_state(20))
-    refused("no conv1.weight or fc.weight; its names are conv1.weight", "resnet18", state)
-    refused("no features.0.weight", "vgg16", state)
+    refused("fc.weight is missing; it has conv1.weight, bn1.weight", "resnet18", state)
+    refused("features.0.weight is missing", "vgg16", state)
+    refused(
+        "conv1.weight has 1 dimensions, not 4",
+        "cifar_resnet8",
+        state | {"conv1.weight": torch.ones(3)},
+    )
+    vgg = {
+        "features.0.weight": torch.ones(64, 3, 3, 3),
+        "classifier.6.weight": torch.ones(10, 4096),
+    }
+    refused("is missing and 20 more", "vgg11", vgg, stage_sizes=(2, 2, 2, 2, 2))
     refused("no PyTorch layout is known for 'cifar_plain8'", "cifar_plain8", state)
     refused("no PyTorch layout is known for 'vgg11_lrn'", "vgg11_lrn", state)
     refused("holds no state dict", "cifar_resnet8", {})
     refused("'epoch' is a int, no tensor", "cifar_resnet8", {"epoch": 3})
+    refused("linear.bias twice", "cifar_resnet8", state | {"module.linear.bias": torch.ones(10)})
+    refused("give its state_dict", "cifar_resnet8", torch.nn.Linear(1, 1))
+    refused("a file or a state dict, not int", "cifar_resnet8", 5)
+
+
+@pytest.mark.parametrize(
+    "tensor",
+    [
+        torch.ones(16, dtype=torch.int8),
+        torch.ones(16, dtype=torch.complex64),
+        torch.ones(16, device="meta"),
+        torch.ones(16).to_sparse(),
+        torch.ones(16).to(torch.float8_e4m3fn),
+        torch.ones(0),
+        np.array(["a"] * 16),
+        np.array([None] * 16),
+    ],
+)
+def test_tensors_that_are_no_numbers_are_refused(tensor):
+    refused(
+        "bn1.bias (cannot be read|is .* not floating)",
+        "cifar_resnet8",
+        cifar_state(8) | {"bn1.bias": tensor},
+    )
+
+
+def test_the_weights_are_a_copy():
+    state = {key: value.clone() for key, value in cifar_state(8).items()}
+    _, variables = flaxnets.load_torch("cifar_resnet8", state)
+    before = {path: np.array(leaf) for path, leaf in flatten_dict(variables).items()}
+    for value in state.values():
+        value.add_(1)
+    for path, leaf in flatten_dict(variables).items():
+        assert np.array_equal(leaf, before[path]), path
+
+
+def test_weights_without_a_head(tmp_path):
+    state = {k: v for k, v in cifar_state(8).items() if not k.startswith("linear")}
+    refused("linear.weight is missing", "cifar_resnet8", state)
+    _, variables = flaxnets.load_torch("cifar_resnet8", state, num_classes=None)
+    assert "head" not in variables["params"]
+    _, new = flaxnets.load_torch("cifar_resnet8", state, num_classes=3)
+    assert new["params"].pop("head")["kernel"].shape == (64, 3)
+    same(new, variables)
+    flaxnets.save_torch(variables, "cifar_resnet8", tmp_path / "backbone.safetensors")
+    again = flaxnets.load_torch(
+        "cifar_resnet8", tmp_path / "backbone.safetensors", num_classes=None
+    )
+    same(again[1], variables)
 
 
 def test_files_that_cannot_be_read(tmp_path):
@@ -248,8 +306,20 @@ def test_variables_that_are_not_the_networks_are_refused(tmp_path):
     path = tmp_path / "weights.safetensors"
     with pytest.raises(flaxnets.InputError, match=r"stage1_block2/.* is missing"):
         flaxnets.save_torch(variables, "cifar_resnet20", path)
-    with pytest.raises(flaxnets.InputError, match="stage1_conv1 is missing"):
+    with pytest.raises(flaxnets.InputError, match="no params/stage1_conv1"):
         flaxnets.save_torch(variables, "vgg16", path)
+    for wrong in (None, [1], {"params": {"conv1": {"kernel": np.ones(3)}}}):
+        with pytest.raises(flaxnets.InputError, match="no params/conv1"):
+            flaxnets.save_torch(wrong, "cifar_resnet8", path)
+    stacked = {
+        **variables,
+        "params": {**variables["params"], "bn1": {"scale": np.ones((2, 16)), "bias": np.ones(16)}},
+    }
+    with pytest.raises(flaxnets.InputError, match=r"bn1/scale is \(2, 16\), not \(16,\)"):
+        flaxnets.save_torch(stacked, "cifar_resnet8", path)
+    for place in (tmp_path / "none" / "w.safetensors", tmp_path):
+        with pytest.raises(flaxnets.InputError, match=r"written"):
+            flaxnets.save_torch(variables, "cifar_resnet8", place)
     with pytest.raises(flaxnets.InputError, match=r"batch_stats/.* is missing"):
         flaxnets.save_torch({"params": variables["params"]}, "cifar_resnet8", path)
     with pytest.raises(flaxnets.InputError, match=r"written as .safetensors"):

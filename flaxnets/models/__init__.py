@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Callable
+from dataclasses import fields
 from functools import partial
 from types import EllipsisType
 from typing import Any
@@ -84,8 +85,9 @@ def create_model(
     """The network called `name`, with any attribute of its module overridden.
 
     Args:
-      name: one of `list_models()`. `<depth>` is any even number from 8; 9n + 2 from 164 on in
-        `cifar_resnet<depth>v2` and in `keras_resnet<depth>v2`; 6n + 2 in `keras_resnet<depth>v1`.
+      name: one of `list_models()`. `<depth>` is any even number from 8, but of the form 9n + 2 in
+        `cifar_resnet<depth>v2` from 164 on and in `keras_resnet<depth>v2`, and 6n + 2 in
+        `keras_resnet<depth>v1`.
       num_classes: that of the published network unless given: 1,000 for ImageNet's, 10 for the
         others. None returns pooled features `(batch, features)` instead of logits.
       overrides: attributes of the module, such as `shortcut="C"` or `dtype=jnp.bfloat16`.
@@ -96,21 +98,43 @@ def create_model(
       `(batch, num_classes)`. Training a network with dropout takes `rngs={"dropout": key}`.
 
     Raises:
-      InputError: no network has that name, or the family does not have that depth.
+      InputError: no network has that name, the family does not have that depth, the module has no
+        such attribute, or `num_classes` is no number of classes.
     """
+    build, module = _builder(name)
+    known = [field.name for field in fields(module) if field.name not in ("parent", "name")]
+    for attribute in overrides:
+        if attribute not in known:
+            raise InputError(
+                f"{name} has no attribute {attribute!r}{nearest(attribute, known)}; "
+                f"it has {', '.join(known)}"
+            )
     if num_classes is not ...:
+        whole = hasattr(num_classes, "__index__") and not isinstance(num_classes, bool)
+        if num_classes is not None and not (whole and num_classes > 0):
+            raise InputError(
+                f"num_classes is a whole number above 0, or None for features, not {num_classes!r}"
+            )
         overrides["num_classes"] = num_classes
+    return build(**overrides)
+
+
+def _builder(name: str) -> tuple[Callable[..., Any], Any]:
+    """What makes the network called `name` from attributes of its module, and the module."""
     if name in _NAMED:
-        return _NAMED[name](**overrides)
-    if match := _RESNET.fullmatch(name):
+        return _NAMED[name], _NAMED[name]()
+    if match := _RESNET.fullmatch(str(name)):
         cifar, kind, depth, v2 = match.groups()
         family = cifar_resnet if cifar else imagenet_resnet
         settings = {"residual": kind == "resnet", "preactivation": v2 is not None}
-        return family(int(depth), **settings | overrides)
-    if match := _KERAS_RESNET.fullmatch(name):
+        return lambda **overrides: family(int(depth), **settings | overrides), ResNet
+    if match := _KERAS_RESNET.fullmatch(str(name)):
         depth, version = match.groups()
-        return keras_resnet(int(depth), **{"preactivation": version == "2"} | overrides)
+        settings = {"preactivation": version == "2"}
+        return lambda **overrides: keras_resnet(int(depth), **settings | overrides), ResNet
+    if "<depth>" in str(name):
+        raise InputError(f"write a number for <depth>: {str(name).replace('<depth>', '56')!r}")
     raise InputError(
-        f"no network is called {name!r}{nearest(name, list_models())}; "
+        f"no network is called {name!r}{nearest(str(name), list_models())}; "
         "flaxnets.list_models() lists them"
     )

@@ -38,6 +38,7 @@ class AlexNet(nn.Module):
       dropout_first: dropout before each hidden dense layer, as in torchvision, instead of after.
       init_2012: start as in the paper (section 5), kernels N(0, 0.01), biases of convolutions 2, 4
         and 5 and of the hidden dense layers 1; otherwise torch's uniform kernels and biases 0.
+      padding: of the first convolution.
       dtype: type of the computation. `param_dtype` is that of the parameters.
     """
 
@@ -48,6 +49,7 @@ class AlexNet(nn.Module):
     dropout: float = 0.5
     dropout_first: bool = False
     init_2012: bool = False
+    padding: int = 2
     dtype: Any = jnp.float32
     param_dtype: Any = jnp.float32
 
@@ -60,7 +62,7 @@ class AlexNet(nn.Module):
 
         x = jnp.asarray(images, self.dtype)
         for i, filters in enumerate(self.filters, 1):
-            size, stride, padding = {1: (11, 4, 2), 2: (5, 1, 2)}.get(i, (3, 1, 1))
+            size, stride, padding = {1: (11, 4, self.padding), 2: (5, 1, 2)}.get(i, (3, 1, 1))
             x = conv(
                 filters,
                 size,
@@ -104,9 +106,9 @@ def alexnet(**overrides: Any) -> AlexNet:
 def alexnet2012(**overrides: Any) -> AlexNet:
     """AlexNet as published in 2012, for images of 227x227 or 224x224 pixels.
 
-    With padding 2 on every side 224 pixels give the published 55x55 maps, and 227 give 56x56, which
-    the first pooling makes the same 27x27. `groups=1, local_response_norm=False` gives the common
-    form for one GPU.
+    The published 55x55 maps come from 224 pixels with padding 2, as here, or from 227 with
+    `padding=0`, as in Caffe. `groups=1, local_response_norm=False` gives the common form for one
+    GPU.
     """
     settings: dict[str, Any] = {
         "filters": (96, 256, 384, 384, 256),

@@ -29,7 +29,7 @@ def conv_general_dilated(x: jax.Array, kernel: jax.Array, strides: Any, padding:
         and plain
         and kw["feature_group_count"] == 1
         and kw["precision"] is None
-        and x.shape[1] * x.shape[2] <= 16
+        and 0 < x.shape[1] * x.shape[2] <= 16
     )
     if not tiny or jax.default_backend() != "cpu":
         return lax.conv_general_dilated(x, kernel, strides, padding, **kw)

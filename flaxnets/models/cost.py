@@ -58,12 +58,13 @@ def count_cost(model: nn.Module, image_shape: tuple[int, ...], num_classes: int)
       ValueError: the output is not logits `(batch, num_classes)`, in training mode or out of it.
     """
     layers, logits, variables = _trace(model, image_shape)
-    key, images = jax.random.key(0), jnp.zeros((1, *image_shape), jnp.float32)
+    key, images = jax.random.key(0), jax.ShapeDtypeStruct((1, *image_shape), jnp.float32)
     trained = jax.eval_shape(
-        lambda variables: model.apply(
+        lambda variables, images: model.apply(
             variables, images, train=True, mutable=True, rngs={"dropout": key}
         ),
         variables,
+        images,
     )[0]
     for output in (logits, trained):
         if output.shape != (1, num_classes):
@@ -87,17 +88,23 @@ def _trace(model: nn.Module, image_shape: tuple[int, ...]):
                 multiply_adds = output.size * parameters["kernel"].size // output.shape[-1]
             if parameters:
                 cost = Cost(sum(leaf.size for leaf in own), multiply_adds)
-                # The first array of each, of a module that takes or gives several.
-                before, after = (jax.tree.leaves(x)[0].shape[1:] for x in ((args, kwargs), output))
+                before, after = _shape((args, kwargs)), _shape(output)
                 layers.append(LayerCost(module.path, _kind(module), before, after, cost))
         return output
 
-    key, images = jax.random.key(0), jnp.zeros((1, *image_shape), jnp.float32)
+    key, images = jax.random.key(0), jax.ShapeDtypeStruct((1, *image_shape), jnp.float32)
+    keys = {"params": key, "dropout": key}
     with nn.intercept_methods(record):
         output, variables = jax.eval_shape(
-            lambda: model.init_with_output({"params": key, "dropout": key}, images, train=False)
+            lambda images: model.init_with_output(keys, images, train=False), images
         )
     return layers, output, variables
+
+
+def _shape(arrays: Any) -> tuple[int, ...]:
+    """Of the first array, without the batch; a module may take none, or several."""
+    shapes = [leaf.shape for leaf in jax.tree.leaves(arrays) if hasattr(leaf, "shape")]
+    return tuple(shapes[0][1:]) if shapes else ()
 
 
 def _kind(module: nn.Module) -> str:

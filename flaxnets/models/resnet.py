@@ -88,9 +88,10 @@ class Block(nn.Module):
 
 class PreactivationBlock(nn.Module):
     """Version 2: BatchNorm and rectifier before each convolution, nothing after the addition
-    (He et al. 2016, Figure 4e). Shapes and attributes are those of `Block`.
+    (He et al. 2016, Figure 4e). Shapes are those of `Block`.
 
     Attributes:
+      layers, stride, shortcut: as of `Block`.
       activate_shortcut: the shortcut, too, starts from the activated signal, and not from the raw
         one that flows through the stage.
     """
@@ -135,7 +136,7 @@ class ResNet(nn.Module):
       residual: False removes every shortcut.
       preactivation: version 2. The first block of a stage activates before the split, the others
         add to the raw signal; projections have no BatchNorm; BatchNorm and rectifier follow the
-        last block instead of the stem.
+        last block instead of the stem, whose max pool sees the raw convolution.
       stride_in_3x3: a bottleneck's stride is in its 3x3 convolution, as in torchvision, or in its
         first 1x1 convolution, as in the paper.
       zero_init_last_scale: start the last BatchNorm scale of each block at 0 (Goyal et al. 2017,
@@ -276,7 +277,7 @@ IMAGENET_STAGES: dict[int, tuple[BlockType, tuple[int, int, int, int]]] = {
 }
 
 
-def cifar_resnet(depth: int, **overrides: Any) -> ResNet:
+def cifar_resnet(depth: int, num_classes: int | None = 10, **overrides: Any) -> ResNet:
     """The CIFAR family at `depth` (section 4.2): 16, 32, 64 filters, 3x3 stem, shortcut A.
 
     Version 2 (`preactivation=True`) has bottlenecks from depth 164 on, as published, with
@@ -287,7 +288,7 @@ def cifar_resnet(depth: int, **overrides: Any) -> ResNet:
     bottleneck = overrides.get("block", published) == "bottleneck"
     settings: dict[str, Any] = {
         "stage_sizes": (cifar_bottleneck_stage_sizes if bottleneck else cifar_stage_sizes)(depth),
-        "num_classes": 10,
+        "num_classes": num_classes,
         "width": 16,
         "block": published,
         "stem": "small",
@@ -297,7 +298,7 @@ def cifar_resnet(depth: int, **overrides: Any) -> ResNet:
     return ResNet(**settings | overrides)
 
 
-def imagenet_resnet(depth: int, **overrides: Any) -> ResNet:
+def imagenet_resnet(depth: int, num_classes: int | None = 1000, **overrides: Any) -> ResNet:
     """The ImageNet family at `depth` (Table 1), shortcut B, as torchvision has it.
 
     Raises:
@@ -309,7 +310,7 @@ def imagenet_resnet(depth: int, **overrides: Any) -> ResNet:
     block, stage_sizes = IMAGENET_STAGES[depth]
     settings: dict[str, Any] = {
         "stage_sizes": stage_sizes,
-        "num_classes": 1000,
+        "num_classes": num_classes,
         "block": block,
     }
     return ResNet(**settings | overrides)
@@ -321,7 +322,7 @@ keras_batch_norm = partial(batch_norm, momentum=0.99, epsilon=1e-3)
 keras_dense = partial(nn.Dense, kernel_init=nn.initializers.he_normal())
 
 
-def keras_resnet(depth: int, **overrides: Any) -> ResNet:
+def keras_resnet(depth: int, num_classes: int | None = 10, **overrides: Any) -> ResNet:
     """The ResNets of Keras's CIFAR-10 example (`cifar10_resnet.py`), copied in many tutorials.
 
     Version 1 has depths 6n + 2, version 2 (`preactivation=True`) 9n + 2. They differ from the
@@ -340,7 +341,7 @@ def keras_resnet(depth: int, **overrides: Any) -> ResNet:
         "stage_sizes": (cifar_bottleneck_stage_sizes if preactivation else cifar_stage_sizes)(
             depth
         ),
-        "num_classes": 10,
+        "num_classes": num_classes,
         "width": 16,
         "block": "bottleneck" if preactivation else "basic",
         "stem": "small",

@@ -10,6 +10,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from flaxnets.errors import InputError
 from flaxnets.models.layers import Layer, check_pixels, conv, max_pool, relu
 
 glorot_uniform = nn.initializers.glorot_uniform()
@@ -99,7 +100,10 @@ class YNet(nn.Module):
         types = {"dtype": self.dtype, "param_dtype": self.param_dtype}
         dropout = partial(nn.Dropout, self.dropout, deterministic=not train)
         branch = partial(Branch, conv=partial(glorot_conv, **types), dropout=dropout)
-        left, right = images if isinstance(images, tuple | list) else (images, images)
+        pair = tuple(images) if isinstance(images, tuple | list) else (images, images)
+        if len(pair) != 2 or pair[0].shape[:3] != pair[1].shape[:3]:
+            raise InputError("ynet takes images, or a pair (left, right) of equal batch and size")
+        left, right = pair
         maps = []
         for name, x, rate in (("left", left, 1), ("right", right, self.dilation_rate)):
             y = branch(rate, name=name)(jnp.asarray(x, self.dtype))

@@ -311,7 +311,10 @@ def test_1202_layers_initialise_run_and_take_a_step():
 
 @pytest.mark.parametrize(
     ("name", "size"),
-    [("alexnet", 32), ("vgg11", 31), ("vgg_residual", 15), ("cnn", 17), ("ynet", 7)],
+    [
+        *[("alexnet", 32), ("vgg11", 31), ("vgg_residual", 15), ("cnn", 17), ("ynet", 7)],
+        *[("alexnet2012", 5), ("vgg11", 8), ("vgg_residual", 1), ("cnn", 1), ("ynet", 1)],
+    ],
 )
 def test_images_that_are_too_small_are_refused(name, size):
     model = flaxnets.create_model(name)
@@ -330,9 +333,34 @@ def test_names():
     assert flaxnets.create_model("vgg16").num_classes == 1000
 
 
+@pytest.mark.parametrize("num_classes", [0, -1, "10", 3.5, True])
+def test_numbers_of_classes_that_are_none_are_refused(num_classes):
+    with pytest.raises(flaxnets.InputError, match="a whole number above 0"):
+        flaxnets.create_model("resnet18", num_classes)
+
+
+def test_unknown_attributes_are_refused():
+    with pytest.raises(
+        flaxnets.InputError, match="no attribute 'shortcuts'; did you mean shortcut"
+    ):
+        flaxnets.create_model("resnet18", shortcuts="A")
+    with pytest.raises(flaxnets.InputError, match="no attribute 'stem'"):
+        flaxnets.create_model("vgg11", stem="small")
+
+
+def test_ynet_takes_equal_pairs():
+    model = flaxnets.create_model("ynet")
+    left, right = jnp.ones((1, 8, 8, 1)), jnp.ones((1, 8, 8, 3))
+    jax.eval_shape(lambda: model.init(jax.random.key(0), (left, right)))
+    for images in ((left,), (left, right, left), (left, jnp.ones((1, 9, 8, 1)))):
+        with pytest.raises(flaxnets.InputError, match="ynet takes images, or a pair"):
+            jax.eval_shape(lambda images=images: model.init(jax.random.key(0), images))
+
+
 @pytest.mark.parametrize(
     ("name", "message"),
     [
+        ("cifar_resnet<depth>", "write a number for <depth>"),
         ("resnet_18", "did you mean resnet18?"),
         ("vgg12", "did you mean vgg1"),
         ("resnet19", "18, 34, 50, 101, 152"),

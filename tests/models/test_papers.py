@@ -31,12 +31,13 @@ def three_dense_layers(layers, x):
     return layers.dense("head", x)
 
 
-@pytest.mark.parametrize("size", [224, 227])
-def test_alexnet2012(size):
+@pytest.mark.parametrize(("size", "outside"), [(224, 2), (227, 0)])
+def test_alexnet2012(size, outside):
     def reference(layers, x):
         for i in (1, 2):
-            stride, padding, groups = ((4, 2, 1), (1, 2, 2))[i - 1]
+            stride, padding, groups = ((4, outside, 1), (1, 2, 2))[i - 1]
             x = F.relu(layers.conv(f"conv{i}", x, stride, padding, groups))
+            assert x.shape[2] == (55, 27)[i - 1]
             # torch divides alpha by the number of channels.
             x = F.local_response_norm(x, size=5, alpha=5 * 1e-4, beta=0.75, k=2.0)
             x = F.max_pool2d(x, 3, 2)
@@ -44,7 +45,7 @@ def test_alexnet2012(size):
             x = F.relu(layers.conv(f"conv{i}", x, 1, 1, groups))
         return three_dense_layers(layers, flat(F.max_pool2d(x, 3, 2)))
 
-    model = flaxnets.create_model("alexnet2012", num_classes=10)
+    model = flaxnets.create_model("alexnet2012", num_classes=10, padding=outside)
     # Of the size of pixels in 2012 (mean subtracted, no division), so that normalisation matters.
     check(model, 100 * random_images(2, size, size, 3), reference)
 

@@ -1,0 +1,37 @@
+import flax.linen as nn
+import pytest
+
+from flaxnets.models.cost import Cost, count_cost, list_layers
+
+
+class Positions(nn.Module):
+    """A module that takes nothing."""
+
+    @nn.compact
+    def __call__(self):
+        return self.param("embedding", nn.initializers.zeros, (4,))
+
+
+class OnesOwn(nn.Module):
+    """Modules called by keyword, in whatever order."""
+
+    @nn.compact
+    def __call__(self, x, train=False):
+        x = x.mean((1, 2)) + Positions(name="positions")()
+        x = nn.BatchNorm(name="bn")(use_running_average=not train, x=x)
+        return nn.Dense(5, name="head")(inputs=x)
+
+
+def test_networks_of_ones_own_are_counted():
+    layers = list_layers(OnesOwn(), (8, 8, 4))
+    assert [(layer.path, layer.kind, layer.cost) for layer in layers] == [
+        (("positions",), "Positions", Cost(4, 0)),
+        (("bn",), "batch norm", Cost(8, 0)),
+        (("head",), "dense, 5", Cost(25, 20)),
+    ]
+    assert count_cost(OnesOwn(), (8, 8, 4), 5) == Cost(37, 20)
+
+
+def test_an_output_that_is_no_logits_is_refused():
+    with pytest.raises(ValueError, match=r"gives \(1, 5\), not logits \(1, 7\)"):
+        count_cost(OnesOwn(), (8, 8, 4), 7)
