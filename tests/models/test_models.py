@@ -284,7 +284,7 @@ def test_remat_changes_nothing_but_the_memory(name):
 
 @pytest.mark.slow
 def test_1202_layers_initialise_run_and_take_a_step():
-    """Five minutes, nearly all of it tracing and compilation.
+    """Three minutes, operation by operation; compiling the whole step takes five to seven.
 
     In training mode: at the start the running statistics are those of no batch, every block doubles
     the variance, and 600 of them overflow.
@@ -299,14 +299,10 @@ def test_1202_layers_initialise_run_and_take_a_step():
         )
         return cross_entropy(logits, jnp.arange(2)).mean()
 
-    @quick_jit
-    def step(params):
-        value, gradient = jax.value_and_grad(loss)(params)
-        return value, jax.tree.map(lambda p, g: p - 1e-4 * g, params, gradient)
-
-    before, params = step(variables["params"])
+    before, gradient = jax.value_and_grad(loss)(variables["params"])
     assert jnp.isfinite(before)
-    assert step(params)[0] < before
+    after = jax.tree.map(lambda p, g: p - 1e-4 * g, variables["params"], gradient)
+    assert loss(after) < before
 
 
 @pytest.mark.parametrize(
