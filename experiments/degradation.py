@@ -30,6 +30,7 @@ from flaxnets.console import (
     StudyProgress,
     check_choice,
     duration,
+    plain_console,
     positive,
     run_command,
     whole_numbers,
@@ -75,9 +76,7 @@ class Planned:
 
 def main(arguments: list[str] | None = None) -> int:
     args = parse_arguments(arguments)
-    console = Console(highlight=False, markup=False, emoji=False)
-    if not console.is_terminal:
-        console.width = 120  # a file or a pipe has no width of its own
+    console = plain_console()
 
     # What to train on, and how. Everything that can be refused is refused before the slow part.
     recipe = choose_recipe(args)

@@ -14,10 +14,9 @@ from pathlib import Path
 
 import flax.linen as nn
 from rich import box
-from rich.console import Console
 from rich.table import Table
 
-from flaxnets.console import ArgumentParser, positive, run_command
+from flaxnets.console import ArgumentParser, plain_console, positive, run_command
 from flaxnets.drawing import draw_networks, find_blocks
 from flaxnets.errors import InputError
 from flaxnets.models import ResNet, create_model, list_models, published_image_shape
@@ -30,9 +29,7 @@ SUFFIXES = (".svg", ".png", ".pdf")
 
 def main(arguments: list[str] | None = None) -> int:
     args = parse_arguments(arguments)
-    console = Console(highlight=False, markup=False, emoji=False)
-    if not console.is_terminal:
-        console.width = 120  # a file or a pipe has no width of its own
+    console = plain_console()
     if args.model is None:
         console.print(networks_table())
         return 0

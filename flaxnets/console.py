@@ -58,6 +58,14 @@ def run_command(main: Callable[[list[str] | None], int], arguments: list[str] | 
         return 130
 
 
+def plain_console() -> Console:
+    """A console that prints text as it is."""
+    console = Console(highlight=False, markup=False, emoji=False)
+    if not console.is_terminal:
+        console.width = 120  # a file or a pipe has no width of its own
+    return console
+
+
 def whole_numbers(text: str) -> list[int]:
     """Argument type: `18,34,56`."""
     try:

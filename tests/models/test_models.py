@@ -157,6 +157,24 @@ def test_logits_features_and_stages(name):
     assert len(stages) == STAGES.get(name, 3)
 
 
+@pytest.mark.parametrize(
+    ("name", "stages", "features"),
+    [
+        # 28 pixels lose 2 to each convolution without padding and half to each pooling.
+        ("cnn", [(1, 26, 26, 64), (1, 11, 11, 64), (1, 3, 3, 64)], 3 * 3 * 64),
+        # 28, 14, 7, 3 pixels after the three poolings of a branch.
+        ("ynet", [(1, 3, 3, 128), (1, 3, 3, 128)], 3 * 3 * 256),
+    ],
+)
+def test_shapes_of_the_tutorial_networks(name, stages, features):
+    model = flaxnets.create_model(name, num_classes=None)
+    images = jnp.ones((1, 28, 28, 1))
+    variables = random_variables(model, images)
+    output, seen = jax.eval_shape(lambda: model.apply(variables, images, mutable=["intermediates"]))
+    assert output.shape == (1, features)
+    assert [stage.shape for stage in seen["intermediates"]["stages"]] == stages
+
+
 @pytest.mark.parametrize("name", SMALL)
 def test_bfloat16_computes_in_bfloat16_and_keeps_float32(name):
     model, shape = small_model(name, dtype=jnp.bfloat16)
@@ -284,7 +302,7 @@ def test_remat_changes_nothing_but_the_memory(name):
 
 @pytest.mark.slow
 def test_1202_layers_initialise_run_and_take_a_step():
-    """Three minutes, operation by operation; compiling the whole step takes five to seven.
+    """Three minutes, operation by operation; compiling it whole took seven.
 
     In training mode: at the start the running statistics are those of no batch, every block doubles
     the variance, and 600 of them overflow.
