@@ -24,14 +24,17 @@ import jax
 from rich.console import Console
 from rich.table import Table
 
+from flaxnets.config import DTYPES
 from flaxnets.console import (
     ArgumentParser,
     Interruption,
     StudyProgress,
     check_choice,
+    checkpoint_every,
     duration,
     plain_console,
     positive,
+    process_group,
     run_command,
     whole_numbers,
     words,
@@ -41,23 +44,38 @@ from flaxnets.errors import InputError
 from flaxnets.figures import draw_errors
 from flaxnets.models.cost import Cost, count_cost
 from flaxnets.models.resnet import IMAGENET_STAGES, ResNet
-from flaxnets.parallel import data_mesh
-from flaxnets.restore import DTYPES, build_model
+from flaxnets.parallel import (
+    data_mesh,
+    is_primary,
+    make_deterministic,
+    refused_together,
+    start_processes,
+)
+from flaxnets.restore import build_model
 from flaxnets.study import (
     Network,
     Run,
-    check_config,
-    check_definition,
     check_place,
+    check_processes_agree,
+    check_study,
     group_runs,
     open_study,
-    read_runs,
     run_directory,
+    run_key,
+    sort_runs,
     write_config,
     write_summary,
 )
 from flaxnets.tables import blocks, millions, network_name, results_table
-from flaxnets.training import RECIPES, Program, Recipe, RunResult, read_result, train_run
+from flaxnets.training import (
+    RECIPES,
+    CheckpointEvery,
+    Program,
+    Progress,
+    Recipe,
+    RunResult,
+    train_run,
+)
 from flaxnets.training.estimate import measure_speed
 
 DEEPEST = 1202  # of the paper; deeper ones take hours to compile
@@ -65,48 +83,54 @@ DEEPEST = 1202  # of the paper; deeper ones take hours to compile
 
 @dataclass(frozen=True)
 class Planned:
-    """One network of the grid, before it is trained."""
+    """One network of the grid, before it is trained; `configs` has one for each seed."""
 
     kind: str
     depth: int
-    model_config: dict[str, Any]
     model: nn.Module
     cost: Cost
+    configs: list[dict[str, Any]]
 
 
 def main(arguments: list[str] | None = None) -> int:
     args = parse_arguments(arguments)
-    console = plain_console()
+    if args.deterministic:
+        make_deterministic()
+    if args.distributed is not None:
+        start_processes(*args.distributed)
+    console = plain_console(quiet=not is_primary())
 
     # What to train on, and how. Everything that can be refused is refused before the slow part.
     recipe = choose_recipe(args)
     out = args.out or Path("runs/degradation") / f"{args.dataset}-{args.family}"
-    check_place(out)
-    builders = {kind: import_builder(kind) for kind in args.kinds if ":" in kind}
-    info = find_dataset(args.dataset, args.data_dir)
-    check_batch(recipe, info.num_train, args)
-    dataset = load_dataset(args.dataset, args.data_dir, args.train_examples)
-    plan = [
-        plan_network(args, kind, depth, dataset, builders)
-        for kind in args.kinds
-        for depth in args.depths
-    ]
-    definition = define_study(args, dataset, recipe)
-    check_definition(out, definition)
-    for planned in plan:
-        for seed in args.seeds:
-            directory = run_directory(out, planned.kind, planned.depth, seed)
-            check_config(directory, run_config(planned, seed, args, dataset, recipe))
+    with refused_together():
+        check_place(out)
+        builders = {kind: import_builder(kind) for kind in args.kinds if ":" in kind}
+        info = find_dataset(args.dataset, args.data_dir)
+        check_batch(recipe, info.num_train, args)
+        dataset = load_dataset(args.dataset, args.data_dir, args.train_examples)
+        definition = define_study(args, dataset, recipe)
+        plan = [
+            plan_network(args, kind, depth, definition, dataset, recipe, builders)
+            for kind in args.kinds
+            for depth in args.depths
+        ]
+    configs = [config for planned in plan for config in planned.configs]
+    work = {str(run_directory(out, *run_key(config))): config for config in configs}
+    check_processes_agree({**work, "--checkpoint-every": asdict(args.checkpoint_every)})
     if args.dry_run:
-        print_plan(console, plan, args, dataset, recipe)
+        check_study(out, definition, configs)
+        print_plan(console, plan, dataset, recipe)
         return 0
 
     # Train.
-    with Interruption() as interruption, open_study(out, definition):
-        train_study(console, plan, args, dataset, recipe, out, interruption)
+    command = shlex.join(["python", *sys.argv]) if arguments is None else "the same command"
+    with Interruption(command) as interruption, open_study(out, definition, configs) as runs:
+        runs = train_study(
+            console, plan, dataset, recipe, out, runs, args.checkpoint_every, interruption
+        )
 
         # The table and the figure, of all that the directory holds.
-        runs = read_runs(out)
         write_summary(out, runs)
         networks = group_runs(runs)
         updates = recipe.total_steps(len(dataset.train.labels))
@@ -114,10 +138,11 @@ def main(arguments: list[str] | None = None) -> int:
         title = (
             f"{args.dataset}, {args.family} family, {updates:,} updates, {count_seeds(networks)}"
         )
-        draw_errors(networks, figure, title)
-    if interruption.requested():
-        command = shlex.join(["python", *sys.argv]) if arguments is None else "the same command"
-        print(f"stopped and saved; continue with: {command}", file=sys.stderr)
+        if is_primary():
+            draw_errors(networks, figure, title)
+        interrupted = interruption.requested()
+    if interrupted:
+        interruption.say_how_to_continue()
         return interruption.exit_status
     console.print(results_table(networks))
     console.print(conclusion(networks, updates), soft_wrap=True)
@@ -128,40 +153,57 @@ def main(arguments: list[str] | None = None) -> int:
 def train_study(
     console: Console,
     plan: list[Planned],
-    args: argparse.Namespace,
     dataset: Dataset,
     recipe: Recipe,
     out: Path,
+    runs: list[Run],
+    checkpoint_every: CheckpointEvery,
     interruption: Interruption,
-) -> None:
-    """Train whatever is not finished yet, one run after another."""
+) -> list[Run]:
+    """Train whatever is not finished yet, one run after another, and give all runs there are."""
     mesh = data_mesh()
-    work = [float(planned.cost.work) for planned in plan for _ in args.seeds]
+    known = {run.key: run for run in runs}
+    work = [float(planned.cost.work) for planned in plan for _ in planned.configs]
     with StudyProgress(console, work) as progress:
+
+        def on_progress(now: Progress) -> None:
+            interruption.unsaved = True
+            progress.update(now)
+
         for planned in plan:
             program = None
-            for seed in args.seeds:
-                directory = run_directory(out, planned.kind, planned.depth, seed)
-                config = run_config(planned, seed, args, dataset, recipe)
-                write_config(directory, config)
-                result = read_result(directory)
-                if result and result.status != "unfinished":
+            for config in planned.configs:
+                if interruption.requested():
+                    break
+                key = run_key(config)
+                if key in known and known[key].result.status != "unfinished":
                     progress.skip_run()
                     continue
+                directory = run_directory(out, *key)
+                write_config(directory, config)
                 program = program or Program.create(
                     planned.model, planned.depth, recipe, dataset, mesh
                 )
-                name = f"{planned.kind}-{planned.depth} seed {seed}"
+                name = f"{planned.kind}-{planned.depth} seed {config['seed']}"
                 progress.start_run(
                     name, program.total_steps, program.steps_per_epoch, recipe.batch_size
                 )
+                # Compiling takes long, cannot be interrupted, and has nothing to lose.
+                interruption.unsaved = False
                 result = train_run(
-                    program, seed, directory, progress.update, interruption.requested
+                    program,
+                    config["seed"],
+                    directory,
+                    on_progress,
+                    interruption.requested,
+                    checkpoint_every,
+                    config,
                 )
+                interruption.unsaved = True
                 progress.end_run(f"{name}: {describe(result)}")
-                write_summary(out, read_runs(out))
-                if interruption.requested():
-                    return
+                known[key] = Run(config, result)
+                write_summary(out, sort_runs(known.values()))
+    return sort_runs(known.values())
 
 
 def describe(result: RunResult) -> str:
@@ -201,6 +243,26 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
     add("--batch-size", type=positive(int), help="over all devices")
     add("--learning-rate", type=positive(float))
     add("--precision", default="float32", help="float32 (default) or bfloat16")
+    add(
+        "--checkpoint-every",
+        default="60s",
+        type=checkpoint_every,
+        help="save a run so often, such as 500s or 2000steps (default: %(default)s)",
+    )
+    add(
+        "--deterministic",
+        action="store_true",
+        help="on a GPU, only algorithms that give the same bits each time",
+    )
+    add(
+        "--distributed",
+        nargs="?",
+        const="",
+        type=process_group,
+        metavar="HOST:PORT,PROCESSES,INDEX",
+        help="one of several processes, each started with this command; "
+        "without a value the cluster (SLURM, Cloud TPU, ...) is asked",
+    )
     add("--out", type=Path, help="default: runs/degradation/<dataset>-<family>")
     add(
         "--dry-run", action="store_true", help="print grid, steps and an estimate of time, and stop"
@@ -289,9 +351,18 @@ def import_builder(kind: str) -> Callable[..., nn.Module]:
 
 
 def plan_network(
-    args: argparse.Namespace, kind: str, depth: int, dataset: Dataset, builders: dict[str, Callable]
+    args: argparse.Namespace,
+    kind: str,
+    depth: int,
+    definition: dict[str, Any],
+    dataset: Dataset,
+    recipe: Recipe,
+    builders: dict[str, Callable],
 ) -> Planned:
-    """Build the network and count what it costs."""
+    """Build the network, count what it costs, and write down each run of it.
+
+    A config is enough to build the network, the preprocessing and the recipe again.
+    """
     if kind in builders:
         model_config = {"build": kind, "num_classes": dataset.num_classes}
     else:
@@ -300,12 +371,9 @@ def plan_network(
         model_config = {
             "name": f"{prefix}{name}{depth}",
             "num_classes": dataset.num_classes,
-            "overrides": {
-                "shortcut": args.shortcut or "A",
-                "stem": args.stem or ("small" if args.family == "cifar" else "imagenet"),
-            },
+            "overrides": {"shortcut": definition["shortcut"], "stem": definition["stem"]},
         }
-    config = {"model": model_config, "depth": depth, "precision": args.precision}
+    config = {"kind": kind, "depth": depth, "model": model_config, **definition}
     try:
         model = build_model(config, builders.get(kind))
         cost = count_cost(model, dataset.preprocess.image_shape, dataset.num_classes)
@@ -315,7 +383,15 @@ def plan_network(
         raise InputError(
             f"--kinds {kind} at depth {depth}: {type(error).__name__}: {error}"
         ) from error
-    return Planned(kind, depth, model_config, model, cost)
+    config |= {
+        "blocks": list(model.stage_sizes) if isinstance(model, ResNet) else [],
+        "block": model.block if isinstance(model, ResNet) else None,
+        "parameters": cost.parameters,
+        "class_names": list(dataset.class_names),
+        "preprocess": asdict(dataset.preprocess),
+        "total_steps": recipe.total_steps(len(dataset.train.labels)),
+    }
+    return Planned(kind, depth, model, cost, [{**config, "seed": seed} for seed in args.seeds])
 
 
 def define_study(args: argparse.Namespace, dataset: Dataset, recipe: Recipe) -> dict[str, Any]:
@@ -337,50 +413,22 @@ def define_study(args: argparse.Namespace, dataset: Dataset, recipe: Recipe) -> 
     }
 
 
-def run_config(
-    planned: Planned, seed: int, args: argparse.Namespace, dataset: Dataset, recipe: Recipe
-) -> dict[str, Any]:
-    """`config.json`: enough to build the network, the preprocessing and the recipe again."""
-    return {
-        "kind": planned.kind,
-        "depth": planned.depth,
-        "seed": seed,
-        "model": planned.model_config,
-        "blocks": list(planned.model.stage_sizes) if isinstance(planned.model, ResNet) else [],
-        "block": planned.model.block if isinstance(planned.model, ResNet) else None,
-        "parameters": planned.cost.parameters,
-        "precision": args.precision,
-        "dataset": {"name": dataset.name, "version": dataset.version},
-        "class_names": list(dataset.class_names),
-        "preprocess": asdict(dataset.preprocess),
-        "augmentation": asdict(dataset.augmentation),
-        "recipe": asdict(recipe),
-        "total_steps": recipe.total_steps(len(dataset.train.labels)),
-    }
-
-
 # What to say.
 
 
-def print_plan(
-    console: Console,
-    plan: list[Planned],
-    args: argparse.Namespace,
-    dataset: Dataset,
-    recipe: Recipe,
-) -> None:
+def print_plan(console: Console, plan: list[Planned], dataset: Dataset, recipe: Recipe) -> None:
     """The grid, and how long it will take, going by a small network of its kind."""
     steps = recipe.total_steps(len(dataset.train.labels))
     table = Table("kind", "network", "blocks", "parameters", "multiply-adds", "seeds", "steps")
     for planned in plan:
-        config = run_config(planned, 0, args, dataset, recipe)
+        config = planned.configs[0]
         table.add_row(
             planned.kind,
             network_name(config),
             blocks(config),
             millions(planned.cost.parameters),
             millions(planned.cost.multiply_adds),
-            ",".join(map(str, args.seeds)),
+            ",".join(str(config["seed"]) for config in planned.configs),
             f"{steps:,}",
         )
     console.print(table)
@@ -401,9 +449,10 @@ def print_plan(
     for planned in plan:
         step = speed.step * planned.cost.work / probe_cost.work
         seconds += speed.first_step * planned.depth / probe_depth
-        seconds += len(args.seeds) * equivalent_steps * step
+        seconds += len(planned.configs) * equivalent_steps * step
+    runs = sum(len(planned.configs) for planned in plan)
     console.print(
-        f"{len(plan) * len(args.seeds)} runs of {steps:,} updates; about {duration(seconds)} here, "
+        f"{runs} runs of {steps:,} updates; about {duration(seconds)} here, "
         "going by a few steps of a small network"
     )
 

@@ -3,15 +3,20 @@
 import argparse
 import math
 import os
+import re
 import signal
 import statistics
 import sys
 import threading
 import time
+import traceback
+import warnings
 from collections import deque
 from collections.abc import Callable
+from functools import partial
 from typing import Any, NoReturn
 
+import jax
 import tensorflow_datasets as tfds
 from absl import logging as absl_logging
 from rich.console import Console, Group
@@ -20,8 +25,11 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
-from flaxnets.errors import InputError, nearest
-from flaxnets.training.loop import Progress
+from flaxnets.errors import DamageWarning, InputError, StorageError, nearest
+from flaxnets.parallel import greatest
+from flaxnets.training.loop import CheckpointEvery, Progress
+
+QUESTIONS_BETWEEN_AGREEMENTS = 10
 
 
 class ArgumentParser(argparse.ArgumentParser):
@@ -47,20 +55,60 @@ class ArgumentParser(argparse.ArgumentParser):
 def run_command(main: Callable[[list[str] | None], int], arguments: list[str] | None = None) -> int:
     """Run `main` and give the process's exit status: the user's mistakes are one line and 2."""
     # TFDS and Orbax tell of their own inner life.
-    absl_logging.set_verbosity(absl_logging.ERROR)
+    absl_logging.set_verbosity(absl_logging.FATAL)
     tfds.disable_progress_bar()
+    warnings.showwarning = partial(_show_warning, set())
+    warnings.simplefilter("always", DamageWarning)
     try:
         return main(arguments)
     except InputError as error:
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        _print_error(error)
         return 2
+    except StorageError as error:
+        _print_error(error)
     except KeyboardInterrupt:  # before there was anything to save
         return 130
+    except Exception as error:
+        if not jax.distributed.is_initialized():
+            raise
+        if not isinstance(error, jax.errors.JaxRuntimeError) and "Gloo" not in str(error):
+            traceback.print_exc()
+        _print_error(
+            f"process {jax.process_index()} of {jax.process_count()} cannot go on: {error}"
+        )
+        print(
+            "when another process is lost, start all of them again to continue from the newest "
+            "checkpoint",
+            file=sys.stderr,
+        )
+    if jax.distributed.is_initialized():
+        # An orderly end would wait for the others, which may be gone or wait for this one.
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(1)
+    return 1
 
 
-def plain_console() -> Console:
-    """A console that prints text as it is."""
-    console = Console(highlight=False, markup=False, emoji=False)
+def _print_error(error: Exception | str) -> None:
+    print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+
+
+def _show_warning(
+    shown: set[str], message: Warning | str, category: type[Warning], *place: Any, **_: Any
+) -> None:
+    """Damage in a line of its own, once; other warnings as Python shows them."""
+    text = warnings.formatwarning(message, category, place[0], place[1])
+    if issubclass(category, DamageWarning):
+        text = f"warning: {' '.join(str(message).split())}\n"
+        if text in shown:
+            return
+        shown.add(text)
+    sys.stderr.write(text)
+
+
+def plain_console(quiet: bool = False) -> Console:
+    """A console that prints text as it is, or nothing."""
+    console = Console(highlight=False, markup=False, emoji=False, quiet=quiet)
     if not console.is_terminal:
         console.width = 120  # a file or a pipe has no width of its own
     return console
@@ -97,6 +145,30 @@ def positive(number: type) -> Callable[[str], Any]:
     return parse
 
 
+def checkpoint_every(text: str) -> CheckpointEvery:
+    """Argument type: `500s` or `2000steps`."""
+    try:
+        if text.endswith("steps"):
+            return CheckpointEvery(steps=positive(int)(text.removesuffix("steps")))
+        if text.endswith("s"):
+            return CheckpointEvery(seconds=positive(float)(text.removesuffix("s")))
+    except argparse.ArgumentTypeError:
+        pass
+    raise argparse.ArgumentTypeError(f"{text!r} is not a time or steps, such as 500s or 2000steps")
+
+
+def process_group(text: str) -> tuple[str | None, int | None, int | None]:
+    """Argument type: `10.0.0.1:1234,4,0`, or nothing for what the cluster says."""
+    if not text:
+        return None, None, None
+    found = re.fullmatch(r"(\S+:\d+),(\d+),(\d+)", text)
+    if not found or int(found[3]) >= int(found[2]):
+        raise argparse.ArgumentTypeError(
+            f"{text!r} is not HOST:PORT,PROCESSES,INDEX, such as 10.0.0.1:1234,4,0"
+        )
+    return found[1], int(found[2]), int(found[3])
+
+
 def check_choice(flag: str, value: str, choices: tuple[str, ...], more: str = "") -> None:
     """Refuse a `value` that is none of `choices`, with the nearest of them."""
     if value not in choices:
@@ -110,19 +182,37 @@ class Interruption:
 
     A thread listens, because Python runs signal handlers between its own instructions only, and
     compiling a network is one long call.
+
+    Attributes:
+      unsaved: whether there is something to save; set by whoever does the work. While there is not,
+        the first signal leaves at once too.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, command: str) -> None:
+        self.unsaved = True
         self.signal: int | None = None
+        self._command = command
+        self._agreed: int | None = None
+        self._asked = 0
 
     def requested(self) -> bool:
-        """Whether to stop."""
-        return self.signal is not None
+        """Whether to stop. Several processes ask at the same points, and are told the same."""
+        if jax.process_count() == 1:
+            self._agreed = self.signal
+        elif self._agreed is None:
+            if self._asked % QUESTIONS_BETWEEN_AGREEMENTS == 0:
+                self._agreed = greatest(self.signal or 0) or None
+            self._asked += 1
+        return self._agreed is not None
 
     @property
     def exit_status(self) -> int:
         """130 after SIGINT, 143 after SIGTERM."""
-        return 128 + (self.signal or 0)
+        return 128 + (self._agreed or 0)
+
+    def say_how_to_continue(self) -> None:
+        """The last words of work that was stopped."""
+        print(f"stopped and saved; continue with: {self._command}", file=sys.stderr, flush=True)
 
     def __enter__(self) -> "Interruption":
         self._read, self._write = os.pipe()
@@ -148,13 +238,16 @@ class Interruption:
         while data := os.read(self._read, 1):
             if data[0] not in self._handlers:
                 continue
-            if self.signal is not None:
-                if sys.stdout.isatty():
-                    os.write(
-                        sys.stdout.fileno(), b"\x1b[?25h"
-                    )  # the progress display hid the cursor
-                os._exit(128 + data[0])
+            leave = self.signal is not None
             self.signal = data[0]
+            if not leave and not self.unsaved and jax.process_count() == 1:
+                leave = True
+                self.say_how_to_continue()
+            if leave:
+                if sys.stdout.isatty():
+                    # The progress display hid the cursor.
+                    os.write(sys.stdout.fileno(), b"\x1b[?25h")
+                os._exit(128 + data[0])
             print("\nstopping and saving; once more to leave at once", file=sys.stderr, flush=True)
 
 

@@ -1,5 +1,6 @@
 """The study's figure: error against epoch, as in Figure 6 of He et al. (2015)."""
 
+import io
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -9,6 +10,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
+from flaxnets.files import write_atomic
 from flaxnets.study import Network, Run
 from flaxnets.tables import blocks, millions, network_name
 
@@ -58,9 +60,9 @@ def draw_errors(networks: Sequence[Network], path: Path, title: str) -> None:
     axes[0].set_xlim(left=0)
     axes[0].set_ylabel("error (%)")
     figure.suptitle(title, fontsize="medium")
-    temporary = path.with_name(f".tmp-{path.name}")
-    figure.savefig(temporary, dpi=160)
-    temporary.replace(path)
+    picture = io.BytesIO()
+    figure.savefig(picture, dpi=160, format=path.suffix.lstrip("."))
+    write_atomic(path, picture.getvalue())
 
 
 def _ceiling(network: Network) -> float:

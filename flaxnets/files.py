@@ -1,20 +1,76 @@
-"""Files written whole or not at all."""
+"""Files written whole or not at all, and what to say when they cannot be."""
 
 import errno
 import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+
+from flaxnets.errors import StorageError
 
 
 def write_atomic(path: Path, content: str | bytes) -> None:
     """Write `path` so that whoever reads it, at any time, finds the old content or all of the new.
 
     Text is written in UTF-8.
+
+    Raises:
+      StorageError: it cannot be written; the old content is still there.
     """
-    if path.is_dir():
-        raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
+    data = content.encode() if isinstance(content, str) else content
     temporary = path.with_name(f".{path.name}.tmp")
-    with temporary.open("wb") as file:
-        file.write(content.encode() if isinstance(content, str) else content)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)
+    with explained(path, len(data)):
+        if path.is_dir():
+            raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
+        try:
+            with temporary.open("wb") as file:
+                file.write(data)
+                file.flush()
+                os.fsync(file.fileno())
+            temporary.replace(path)
+        except OSError:
+            temporary.unlink(missing_ok=True)  # half a file takes up space
+            raise
+
+
+@contextmanager
+def explained(path: Path, size: int) -> Iterator[None]:
+    """Turn any failure to write `size` bytes at `path` into one line that says what to do.
+
+    Libraries report such failures in many ways (and hide the system's own error number in a text);
+    so the place itself is asked what is wrong with it. An error that has another reason passes.
+
+    Raises:
+      StorageError: there is no space, no permission or no such directory any more.
+    """
+    try:
+        yield
+    except StorageError:
+        raise
+    except Exception as error:
+        reason = _reason(path, size, error)
+        if reason is None:
+            raise
+        raise StorageError(
+            f"{path} cannot be written: {reason}; what was saved before is intact, "
+            "and the same command goes on from there"
+        ) from error
+
+
+def _reason(path: Path, size: int, error: Exception) -> str | None:
+    place = path.parent
+    if not place.is_dir():
+        return f"the directory {place} is gone"
+    free = shutil.disk_usage(place).free
+    number = error.errno if isinstance(error, OSError) else None
+    if number in (errno.ENOSPC, errno.EDQUOT) or free < size or "space left" in str(error):
+        return f"it needs about {megabytes(size)}, and {megabytes(free)} are free; make space"
+    if not os.access(place, os.W_OK | os.X_OK):
+        return f"no permission to write in {place}"
+    return error.strerror if isinstance(error, OSError) else None
+
+
+def megabytes(size: int) -> str:
+    """`3.1 MB`."""
+    return f"{size / 1e6:.1f} MB" if size >= 50_000 else f"{size / 1e3:.1f} kB"

@@ -1,6 +1,5 @@
 """From a run directory back to a network that can be used."""
 
-import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,6 +9,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from flaxnets.config import DTYPES, check_config
 from flaxnets.data.batches import Preprocess
 from flaxnets.errors import InputError
 from flaxnets.models import create_model
@@ -17,7 +17,6 @@ from flaxnets.parallel import data_mesh, replicated
 from flaxnets.training.checkpoints import Checkpoints
 
 Build = Callable[[int, int, Any], nn.Module]
-DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
 
 
 @dataclass(frozen=True)
@@ -27,8 +26,8 @@ class Restored:
     Attributes:
       model: the Linen module.
       variables: `params` and `batch_stats`, on every device.
-      config: the run's `config.json`.
-      step: updates done when the checkpoint was written.
+      config: the run's, as the checkpoint has it.
+      step: updates done when the checkpoint was written, which is the checkpoint's name.
       class_names: of the logits, in order.
       preprocess: uint8 images `(batch, height, width, channels)` -> normalised float32.
     """
@@ -56,7 +55,10 @@ def build_model(config: dict[str, Any], build: Build | None = None) -> nn.Module
 
 
 def restore(path: str | Path, build: Build | None = None) -> Restored:
-    """Load the newest checkpoint of a run, on any number of devices.
+    """Load the newest good checkpoint of a run, on any number of devices.
+
+    Everything comes from that checkpoint, whose files are compared with their sha256 first; where
+    newer ones are damaged, a `DamageWarning` says so, and `.step` is the one that was used.
 
     Args:
       path: a run directory, such as `runs/degradation/digits-cifar/residual-56/seed-0`.
@@ -64,22 +66,32 @@ def restore(path: str | Path, build: Build | None = None) -> Restored:
         names is ever imported or run.
 
     Raises:
-      InputError: `path` is not a run directory, has no checkpoint, or needs `build`.
+      InputError: `path` is not a run directory, has no good checkpoint, or needs `build`.
     """
     path = Path(path)
-    if not (path / "config.json").is_file():
-        runs = sorted(str(found.parent) for found in path.glob("*/seed-*/config.json"))
-        hint = f"; its runs are {', '.join(runs)}" if runs else " (it has no config.json)"
-        raise InputError(f"{path} is not a run directory{hint}")
-    config = json.loads((path / "config.json").read_text(encoding="utf-8"))
-    if not (path / "checkpoints").is_dir():
-        raise InputError(f"{path} has no checkpoint yet")
+    with Checkpoints(path, read_only=True) as checkpoints:
+        if checkpoints.step is None:
+            raise InputError(_why_nothing(path, checkpoints.damage))
+        checkpoints.warn_of_damage("")
+        try:
+            return _restore(checkpoints, build)
+        except InputError as error:
+            raise InputError(f"checkpoint {checkpoints.step} of {path}: {error}") from error
 
-    model = build_model(config, build)
+
+def _restore(checkpoints: Checkpoints, build: Build | None) -> Restored:
+    config = checkpoints.read_config()
+    check_config(config)
     preprocess = Preprocess(**{k: tuple(v) for k, v in config["preprocess"].items()})
-    images = jnp.zeros((1, *preprocess.image_shape), jnp.float32)
-    shapes = jax.eval_shape(lambda: model.init(jax.random.key(0), images, train=False))
+    images = jax.ShapeDtypeStruct((1, *preprocess.image_shape), jnp.float32)
     sharding = replicated(data_mesh())
+    try:
+        model = build_model(config, build)
+        shapes = jax.eval_shape(lambda x: model.init(jax.random.key(0), x, train=False), images)
+    except InputError:
+        raise
+    except Exception as error:  # a config of a stranger's may say anything of a network
+        raise InputError(f"its network cannot be built: {type(error).__name__}: {error}") from error
     like = {
         collection: jax.tree.map(
             lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
@@ -87,16 +99,23 @@ def restore(path: str | Path, build: Build | None = None) -> Restored:
         )
         for collection in ("params", "batch_stats")
     }
-    with Checkpoints(path, read_only=True) as checkpoints:
-        step = checkpoints.latest_step()
-        if step is None:
-            raise InputError(f"{path} has no checkpoint yet")
-        variables = checkpoints.restore_variables(like)
+    variables = checkpoints.restore_variables(like)
+    assert checkpoints.step is not None
     return Restored(
         model=model,
         variables=variables,
         config=config,
-        step=step,
+        step=checkpoints.step,
         class_names=tuple(config["class_names"]),
         preprocess=preprocess,
     )
+
+
+def _why_nothing(path: Path, damage: list[str]) -> str:
+    if damage:
+        return f"{path} has no good checkpoint: {'; '.join(damage)}"
+    if (path / "config.json").is_file():
+        return f"{path} has no checkpoint yet"
+    runs = sorted(str(found.parent) for found in path.glob("*/seed-*/config.json"))
+    hint = f"; its runs are {', '.join(runs)}" if runs else " (it has no config.json)"
+    return f"{path} is not a run directory{hint}"

@@ -3,6 +3,9 @@
 study.json                    what defines the study, and what it ran on
 summary.csv                   a row a run
 <kind>-<depth>/seed-<seed>/   one run: config.json, metrics.csv, checkpoints/
+
+What a study is and has come to stands in the checkpoints, which are guarded by their manifests. The
+other files are for people to read; damaged, they are written anew.
 """
 
 import csv
@@ -13,8 +16,9 @@ import math
 import os
 import socket
 import statistics
+import warnings
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -22,11 +26,15 @@ from typing import Any
 
 import jax
 
-from flaxnets.errors import InputError
-from flaxnets.files import write_atomic
-from flaxnets.training.loop import RunResult, read_result
+from flaxnets.config import check_config
+from flaxnets.errors import DamageWarning, InputError
+from flaxnets.files import explained, write_atomic
+from flaxnets.parallel import gather_texts, is_primary, refused_together
+from flaxnets.training.checkpoints import Checkpoints
+from flaxnets.training.loop import RunResult, write_metrics
 
 FINAL_METRICS: tuple[str, ...] = ("train_error", "test_error", "train_loss", "test_loss")
+RUN_FILES: tuple[str, ...] = ("config.json", "checkpoints")
 SUMMARY: tuple[str, ...] = (
     *("kind", "depth", "seed", "status", "parameters"),
     *FINAL_METRICS,
@@ -36,10 +44,11 @@ SUMMARY: tuple[str, ...] = (
 
 @dataclass(frozen=True)
 class Run:
-    """One run of a study: its `config.json` and what it has come to."""
+    """One run of a study: its config, what it has come to, and whether a checkpoint says so."""
 
     config: dict[str, Any]
     result: RunResult
+    saved: bool = True
 
     @property
     def kind(self) -> str:
@@ -52,6 +61,11 @@ class Run:
     @property
     def seed(self) -> int:
         return self.config["seed"]
+
+    @property
+    def key(self) -> tuple[str, int, int]:
+        """Kind, depth and seed: which run of the study it is."""
+        return run_key(self.config)
 
 
 @dataclass(frozen=True)
@@ -91,6 +105,11 @@ class Network:
         return f"{states.count('finished')} of {len(states)} ({others})"
 
 
+def run_key(config: dict[str, Any]) -> tuple[str, int, int]:
+    """Kind, depth and seed of a run's config."""
+    return config["kind"], config["depth"], config["seed"]
+
+
 def run_directory(out: Path, kind: str, depth: int, seed: int) -> Path:
     """Where a study keeps one run."""
     return out / f"{kind}-{depth}" / f"seed-{seed}"
@@ -104,6 +123,8 @@ def environment() -> dict[str, Any]:
         "platform": jax.default_backend(),
         "device_kind": jax.devices()[0].device_kind,
         "device_count": jax.device_count(),
+        "process_count": jax.process_count(),
+        "xla_flags": os.environ.get("XLA_FLAGS", ""),
     }
 
 
@@ -121,7 +142,7 @@ def check_place(out: Path) -> None:
             raise InputError(f"--out {out}: {existing} is a file; give a directory")
         if not os.access(existing, os.W_OK | os.X_OK):
             raise InputError(f"--out {out}: {existing} cannot be written; give another directory")
-        foreign = out.exists() and not (out / "study.json").is_file()
+        foreign = out.exists() and not any(out.glob("study.json")) and not any(_runs(out))
         # What a crash in the first moment leaves is hidden, and ours.
         if foreign and any(not path.name.startswith(".") for path in out.iterdir()):
             raise InputError(
@@ -132,31 +153,66 @@ def check_place(out: Path) -> None:
         raise InputError(f"--out {out}: {error.strerror}; give another directory") from error
 
 
-def check_definition(out: Path, definition: dict[str, Any]) -> None:
-    """Refuse, without writing anything, an `out` that holds another study than `definition`.
+def check_study(
+    out: Path, definition: dict[str, Any], configs: Iterable[dict[str, Any]]
+) -> list[Run]:
+    """Read what `out` holds, and refuse it if that is another study, or has other runs, than these.
+
+    Nothing is written. A damaged study.json is no reason to refuse: the runs know better.
+
+    Returns:
+      All runs in `out`, as `read_runs`.
 
     Raises:
       InputError: with what differs and a free name.
     """
-    if not (out / "study.json").is_file():
-        return
-    before = _read_study(out).get("study")
-    differences = _differences(before, json.loads(json.dumps(definition)))
-    if differences:
-        raise InputError(
-            f"--out {out} holds another study ({'; '.join(differences)}); "
-            f"use --out {_free_name(out)}"
-        )
+    runs = read_runs(out)
+    definition, *configs = json.loads(json.dumps([definition, *configs]))
+    stored = [{key: run.config.get(key) for key in definition} for run in runs if run.saved]
+    study = _read_json(out / "study.json")
+    if not stored and study is not None:
+        stored = [study.get("study")]
+    known = {run.key: run.config for run in runs if run.saved}
+    pairs = [(before, definition) for before in stored]
+    pairs += [(known[run_key(config)], config) for config in configs if run_key(config) in known]
+    for before, now in pairs:
+        if differences := _differences(before, now):
+            raise InputError(
+                f"--out {out} holds another study ({'; '.join(differences)}); "
+                f"use --out {_free_name(out)}"
+            )
+    return runs
 
 
-def _read_study(out: Path) -> dict[str, Any]:
+def check_processes_agree(work: dict[str, Any]) -> None:
+    """Refuse, in all processes of one study, that they were given different `work`.
+
+    Raises:
+      InputError: with what differs.
+    """
+    first, *others = map(json.loads, gather_texts(json.dumps(work)))
+    for number, other in enumerate(others, 1):
+        if differences := _differences(first, other):
+            raise InputError(
+                f"the processes were given different work ({'; '.join(differences[:3])}; there is "
+                f"process 0 and here is process {number}); give all of them the same command"
+            )
+
+
+def _read_json(path: Path) -> dict[str, Any] | None:
+    """A JSON object, or None, with a warning, where there is something else; None for no file."""
     try:
-        study = json.loads((out / "study.json").read_text(encoding="utf-8"))
-    except ValueError:
-        study = None
-    if not isinstance(study, dict):
-        raise InputError(f"{out / 'study.json'} is damaged; use --out {_free_name(out)}")
-    return study
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return None
+    except (ValueError, RecursionError, OSError):
+        value = None
+    if not isinstance(value, dict):
+        warnings.warn(
+            f"{path} is damaged; what the checkpoints know is used", DamageWarning, stacklevel=3
+        )
+        return None
+    return value
 
 
 def _differences(before: Any, now: Any, name: str = "") -> list[str]:
@@ -186,16 +242,51 @@ def _free_name(out: Path) -> Path:
 
 
 @contextmanager
-def open_study(out: Path, definition: dict[str, Any]) -> Iterator[None]:
+def open_study(
+    out: Path, definition: dict[str, Any], configs: Iterable[dict[str, Any]] = ()
+) -> Iterator[list[Run]]:
     """Make `out` the directory of this study, and this process the only one that writes to it.
 
+    The lock goes with the process, however it ends. Files that are damaged or that a crash left
+    behind the checkpoints are written anew. Several processes open it together; the primary one
+    locks and writes.
+
+    Yields:
+      All runs that are there.
+
     Raises:
-      InputError: as `check_place` and `check_definition`, or another process is working on it.
+      InputError: as `check_place` and `check_study`, or another process is working on it.
+      StorageError: nothing can be written there.
     """
-    check_place(out)
-    check_definition(out, definition)
-    out.mkdir(parents=True, exist_ok=True)
-    with (out / ".lock").open("a+", encoding="utf-8") as lock:
+    with ExitStack() as stack:
+        with refused_together():
+            check_place(out)
+            if is_primary():
+                with explained(out / "study.json", 0):
+                    out.mkdir(parents=True, exist_ok=True)
+                stack.enter_context(_lock(out))
+        runs = check_study(out, definition, configs)
+        if is_primary():
+            # A study may grow on another machine.
+            study = _read_json(out / "study.json") or {}
+            environments = study.get("environments")
+            environments = environments if isinstance(environments, list) else []
+            if environment() not in environments:
+                environments.append(environment())
+            text = json.dumps({"study": definition, "environments": environments}, indent=2)
+            write_atomic(out / "study.json", text + "\n")
+            for run in runs:
+                if run.saved:
+                    write_config(run_directory(out, *run.key), run.config)
+                    write_metrics(run_directory(out, *run.key), run.result.rows)
+        yield runs
+
+
+@contextmanager
+def _lock(out: Path) -> Iterator[None]:
+    with explained(out / ".lock", 0):
+        lock = (out / ".lock").open("a+", encoding="utf-8")
+    with lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
@@ -204,51 +295,60 @@ def open_study(out: Path, definition: dict[str, Any]) -> Iterator[None]:
                 f"--out {out} is in use by another process ({lock.read().strip()}); "
                 "wait for it or give another directory"
             ) from error
-        lock.truncate(0)
-        lock.write(f"pid {os.getpid()} on {socket.gethostname()}\n")
-        lock.flush()
-        # A study may grow on another machine.
-        environments = _read_study(out)["environments"] if (out / "study.json").exists() else []
-        if environment() not in environments:
-            environments.append(environment())
-        text = json.dumps({"study": definition, "environments": environments}, indent=2)
-        write_atomic(out / "study.json", text + "\n")
+        with explained(out / ".lock", 0):
+            lock.truncate(0)
+            lock.write(f"pid {os.getpid()} on {socket.gethostname()}\n")
+            lock.flush()
         yield
 
 
-def check_config(directory: Path, config: dict[str, Any]) -> None:
-    """Refuse a run directory that holds a run of another configuration (a changed network, say).
-
-    Raises:
-      InputError: with what differs.
-    """
-    path = directory / "config.json"
-    if path.exists():
-        before = json.loads(path.read_text(encoding="utf-8"))
-        differences = _differences(before, json.loads(json.dumps(config)))
-        if differences:
-            study = directory.parents[1]
-            raise InputError(
-                f"{directory} holds another run ({'; '.join(differences)}); "
-                f"use --out {_free_name(study)}"
-            )
-
-
 def write_config(directory: Path, config: dict[str, Any]) -> None:
-    """Write a run's `config.json`."""
-    directory.mkdir(parents=True, exist_ok=True)
-    write_atomic(directory / "config.json", json.dumps(config, indent=2) + "\n")
+    """Write a run's `config.json`, in the primary process."""
+    if is_primary():
+        with explained(directory, 0):
+            # Not the study's directory too: if that is gone, so is what was in it.
+            directory.parent.mkdir(exist_ok=True)
+            directory.mkdir(exist_ok=True)
+        write_atomic(directory / "config.json", json.dumps(config, indent=2) + "\n")
 
 
 def read_runs(out: Path) -> list[Run]:
-    """Every run in a study directory, in the order of kind, depth and seed."""
+    """Every run in a study directory, in the order of kind, depth and seed.
+
+    Each is read from its newest good checkpoint; damage is warned of. A directory that does not
+    hold the run that its name says is warned of and left out.
+    """
     runs = []
-    for path in out.glob("*/seed-*/config.json"):
-        config = json.loads(path.read_text(encoding="utf-8"))
-        result = read_result(path.parent) or RunResult("unfinished", [], 0, 0.0, None)
-        runs.append(Run(config, result))
+    for directory in _runs(out):
+        with Checkpoints(directory, read_only=True) as checkpoints:
+            checkpoints.warn_of_damage("the run starts anew")
+            saved = checkpoints.step is not None
+            result = RunResult("unfinished", [], 0, 0.0, None)
+            config = checkpoints.read_config() if saved else _read_json(directory / "config.json")
+            if saved:
+                result = RunResult.from_json(checkpoints.read_progress())
+        if config is None:
+            continue
+        try:
+            check_config(config)
+            if run_directory(out, *run_key(config)) != directory:
+                raise InputError(f"it is the run {' '.join(map(str, run_key(config)))}")
+        except InputError as error:
+            warnings.warn(f"{directory} is left out: {error}", DamageWarning, stacklevel=2)
+            continue
+        runs.append(Run(config, result, saved))
+    return sort_runs(runs)
+
+
+def _runs(out: Path) -> list[Path]:
+    """Directories that may hold a run, in a fixed order."""
+    return sorted({path.parent for name in RUN_FILES for path in out.glob(f"*/seed-*/{name}")})
+
+
+def sort_runs(runs: Iterable[Run]) -> list[Run]:
+    """In the order of kind (plain, residual, others), depth and seed."""
     first = {"plain": 0, "residual": 1}
-    return sorted(runs, key=lambda run: (first.get(run.kind, 2), run.kind, run.depth, run.seed))
+    return sorted(runs, key=lambda run: (first.get(run.kind, 2), *run.key))
 
 
 def group_runs(runs: Iterable[Run]) -> list[Network]:
@@ -261,6 +361,8 @@ def group_runs(runs: Iterable[Run]) -> list[Network]:
 
 def write_summary(out: Path, runs: Iterable[Run]) -> None:
     """`summary.csv`: a row a run; numbers are those at the end of the run, empty until then."""
+    if not is_primary():
+        return
     text = io.StringIO()
     writer = csv.DictWriter(text, SUMMARY, lineterminator="\n")
     writer.writeheader()

@@ -57,11 +57,12 @@ def digits(data_dir: Path):
 
 @pytest.fixture(scope="session")
 def study(degradation, data_dir: Path, tmp_path_factory: pytest.TempPathFactory):
-    """A finished study, both kinds at depth 8, seed 0, two epochs. Not to be changed."""
+    """A finished study, both kinds at depth 8, seed 0, two epochs, each with a checkpoint. Not to
+    be changed."""
     from flaxnets.console import run_command
 
     out = tmp_path_factory.mktemp("study") / "out"
     arguments = ["--depths", "8", "--epochs", "2", "--data-dir", str(data_dir)]
-    arguments += ["--out", str(out)]
+    arguments += ["--checkpoint-every", "11steps", "--out", str(out)]
     assert run_command(degradation.main, arguments) == 0
     return SimpleNamespace(out=out, arguments=arguments)

@@ -65,6 +65,11 @@ def summary(out):
         return list(csv.DictReader(file))
 
 
+def without_time(out):
+    """The rows of summary.csv that two studies must share."""
+    return [{k: v for k, v in row.items() if k != "seconds"} for row in summary(out)]
+
+
 def states(out):
     """What a study has, checkpoints and all: path -> time of change."""
     return {
@@ -122,6 +127,12 @@ BAD_INPUT = [
     ("--depths 8 --seeds 1,1", "--seeds repeats 1"),
     ("--depths 8 --seeds -1", "--seeds must be from 0"),
     ("--depths 8 --seeds x", "not a list of whole numbers"),
+    ("--depths 8 --checkpoint-every 5", "'5' is not a time or steps"),
+    ("--depths 8 --checkpoint-every 0s", "not a time or steps"),
+    ("--depths 8 --checkpoint-every 1.5steps", "not a time or steps"),
+    ("--depths 8 --checkpoint-every nans", "not a time or steps"),
+    ("--depths 8 --distributed localhost", "not HOST:PORT,PROCESSES,INDEX"),
+    ("--depths 8 --distributed localhost:1234,2,2", "not HOST:PORT,PROCESSES,INDEX"),
     # Directories.
     ("--depths 8 --out my_nets.py", "is a file"),
     ("--depths 8 --out .", "not a study"),
@@ -235,6 +246,103 @@ def test_a_study_grows_and_trains_nothing_twice(study, command, tmp_path):
     assert states(out) == everything
     assert "seed 0:" not in printed
     assert "cifar_plain10" in printed
+
+
+def truncated(text):
+    return text[: len(text) // 2]
+
+
+def with_nul_bytes(text):
+    return text[:-5] + b"\0" * 5
+
+
+DAMAGE = {
+    "truncated": truncated,
+    "NUL bytes": with_nul_bytes,
+    "emptied": lambda text: b"",
+    "another JSON": lambda text: b"[1, 2]",
+    "nested JSON": lambda text: b"[" * 100_000,
+    "no UTF-8": lambda text: b"\xff\xfe\x00" + text,
+    "a changed value": lambda text: text.replace(b"plain", b"plaim").replace(b"cifar", b"cifaz"),
+}
+
+
+@pytest.fixture(scope="module")
+def damaged_study(study, tmp_path_factory):
+    """A copy of the study, for one harm after another: each is mended."""
+    return shutil.copytree(study.out, tmp_path_factory.mktemp("damaged") / "out")
+
+
+def contents(out):
+    """Every file of a study but its checkpoints, the lock and the figure."""
+    return {
+        path: path.read_bytes()
+        for path in sorted(out.rglob("*.*"))
+        if path.is_file() and "checkpoints" not in path.parts and path.suffix in (".json", ".csv")
+    }
+
+
+@pytest.mark.parametrize("damage", DAMAGE.values(), ids=DAMAGE.keys())
+def test_damaged_files_are_written_anew(study, damaged_study, command, damage):
+    before = contents(damaged_study)
+    assert len(before) == 6
+    for path in before:
+        path.write_bytes(damage(before[path]))
+    checkpoints = states(damaged_study)
+    status, _, err = command(*study.arguments[:-1], str(damaged_study))
+    assert status == 0, err
+    assert contents(damaged_study) == before
+    assert states(damaged_study) == checkpoints  # nothing was trained again
+
+
+def test_deleted_files_are_written_anew(study, damaged_study, command):
+    before = contents(damaged_study)
+    for path in before:
+        path.unlink()
+    status, _, err = command(*study.arguments[:-1], str(damaged_study))
+    assert status == 0, err
+    assert contents(damaged_study) == before
+
+
+def test_a_damaged_study_is_still_that_study(study, damaged_study, command):
+    """The checkpoints know which study it is when study.json does not."""
+    study_json = damaged_study / "study.json"
+    before = study_json.read_bytes()
+    study_json.write_bytes(b"")
+    arguments = [*study.arguments[:-1], str(damaged_study), "--learning-rate", "0.05"]
+    status, _, err = command(*arguments)
+    study_json.write_bytes(before)
+    assert status == 2
+    assert f"warning: {study_json} is damaged" in err
+    assert "recipe.learning_rate is 0.01 there and 0.05 here" in err
+
+
+def test_a_finished_run_with_a_damaged_checkpoint(study, command, tmp_path):
+    """Trained again from the checkpoint before, to the same numbers."""
+    out = shutil.copytree(study.out, tmp_path / "out")
+    (out / "plain-8" / "seed-0" / "checkpoints" / "22" / "variables" / "_METADATA").unlink()
+    before = without_time(out)
+    status, printed, err = command(*study.arguments[:-1], str(out))
+    assert status == 0
+    assert err.startswith("warning: checkpoint 22 of ")
+    assert "variables/_METADATA is missing" in err
+    assert err.endswith("; checkpoint 11 is used\n")
+    assert err.count("\n") == 1
+    assert "plain-8 seed 0: train error" in printed
+    without_time = [{k: v for k, v in row.items() if k != "seconds"} for row in before]
+    assert [
+        {k: v for k, v in row.items() if k != "seconds"} for row in summary(out)
+    ] == without_time
+
+
+def test_runs_in_the_wrong_place_are_left_out(study, command, tmp_path):
+    """A copy kept by hand is not a run of the study."""
+    out = shutil.copytree(study.out, tmp_path / "out")
+    shutil.copytree(out / "plain-8", out / "backup")
+    status, _, err = command(*study.arguments[:-1], str(out))
+    assert status == 0
+    assert f"{out}/backup/seed-0 is left out: it is the run plain 8 0" in err
+    assert len(summary(out)) == 2
 
 
 def test_a_network_of_ones_own_joins(study, command, tmp_path):

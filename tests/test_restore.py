@@ -8,16 +8,26 @@ import numpy as np
 import pytest
 
 import flaxnets
+from flaxnets.manifest import write_manifest
 
 SCRIPT = """
 import sys
 import numpy as np
 import flaxnets
+from flaxnets.manifest import write_manifest
 run = flaxnets.restore(sys.argv[1])
 images, labels = np.load(sys.argv[2]), np.load(sys.argv[3])
 logits = run.model.apply(run.variables, run.preprocess(images), train=False)
 print(100 * int((np.argmax(logits, -1) != labels).sum()) / len(labels), run.step, run.class_names)
 """
+
+
+def edit_json(path, edit):
+    """Change a file of a checkpoint and put its sha256 right, as a stranger could."""
+    content = json.loads(path.read_text())
+    edit(content)
+    path.write_text(json.dumps(content))
+    write_manifest(path.parents[1])
 
 
 def table(study):
@@ -72,9 +82,10 @@ def test_a_network_of_ones_own_is_built_by_the_caller_alone(study, tmp_path):
     """Nothing a file names is imported: the same run, said to be built by a module that is not."""
     run = tmp_path / "run"
     shutil.copytree(study.out / "plain-8" / "seed-0", run)
-    config = json.loads((run / "config.json").read_text())
-    config["model"] = {"build": "my_nets:build", "num_classes": 10}
-    (run / "config.json").write_text(json.dumps(config))
+    edit_json(
+        run / "checkpoints" / "22" / "config" / "metadata",
+        lambda config: config.update(model={"build": "my_nets:build", "num_classes": 10}),
+    )
     with pytest.raises(flaxnets.InputError, match=r"my_nets:build.*build="):
         flaxnets.restore(run)
 

@@ -14,8 +14,8 @@ from flaxnets.figures import draw_errors
 from flaxnets.study import (
     SUMMARY,
     Run,
-    check_definition,
     check_place,
+    check_study,
     group_runs,
     open_study,
     read_runs,
@@ -110,7 +110,7 @@ def test_a_study_is_its_definition(tmp_path):
     changed = {"family": "imagenet", "recipe": {"epochs": 5}}
     message = 'family is "cifar" there and "imagenet" here; recipe.epochs is 20 there and 5 here'
     with pytest.raises(InputError, match=message) as raised:
-        check_definition(out, changed)
+        check_study(out, changed, [])
     assert str(raised.value).endswith(f"use --out {out}-2")
 
 
@@ -143,12 +143,6 @@ def test_a_directory_that_cannot_be_written(tmp_path, monkeypatch):
     monkeypatch.setattr(os, "access", lambda path, mode: Path(path) != tmp_path)
     with pytest.raises(InputError, match="cannot be written"):
         check_place(tmp_path / "out")
-
-
-def test_damaged_study_json(tmp_path):
-    (tmp_path / "study.json").write_text("{")
-    with pytest.raises(InputError, match="is damaged"):
-        check_definition(tmp_path, DEFINITION)
 
 
 def test_one_process_at_a_time(tmp_path):

@@ -1,7 +1,7 @@
 """Recipes, train state, train and evaluation steps, the loop of one run, checkpoints."""
 
 from flaxnets.training.checkpoints import Checkpoints
-from flaxnets.training.loop import Program, Progress, RunResult, read_result, train_run
+from flaxnets.training.loop import CheckpointEvery, Program, Progress, RunResult, train_run
 from flaxnets.training.recipes import RECIPES, Recipe
 from flaxnets.training.steps import (
     TrainState,
@@ -14,6 +14,7 @@ from flaxnets.training.steps import (
 
 __all__ = [
     "RECIPES",
+    "CheckpointEvery",
     "Checkpoints",
     "Program",
     "Progress",
@@ -25,6 +26,5 @@ __all__ = [
     "init_variables",
     "make_eval_step",
     "make_train_step",
-    "read_result",
     "train_run",
 ]

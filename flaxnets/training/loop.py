@@ -8,7 +8,7 @@ from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, get_args
 
 import flax.linen as nn
 import jax
@@ -17,8 +17,9 @@ from jax.sharding import Mesh
 
 from flaxnets.data.batches import epoch_order
 from flaxnets.data.datasets import Dataset, Split
+from flaxnets.errors import InputError, StorageError
 from flaxnets.files import write_atomic
-from flaxnets.parallel import replicate
+from flaxnets.parallel import greatest, is_primary, replicate
 from flaxnets.training.checkpoints import Checkpoints
 from flaxnets.training.recipes import Recipe
 from flaxnets.training.steps import (
@@ -43,10 +44,27 @@ METRICS: tuple[str, ...] = (
     "seconds",
 )
 
-SECONDS_BETWEEN_CHECKPOINTS = 60
 EVAL_BATCH = 256
 # Steps handed to the device ahead of the host: enough to keep it busy, few enough to stop quickly.
 IN_FLIGHT = 2
+STEPS_BETWEEN_AGREEMENTS = 10
+
+
+@dataclass(frozen=True)
+class CheckpointEvery:
+    """How often a run is saved: every so many `seconds`, or `steps` where that is given."""
+
+    seconds: float = 60.0
+    steps: int | None = None
+
+    def due(self, step: int, seconds: float) -> bool:
+        """Whether to save at `step`, `seconds` after the last time. All processes say the same."""
+        if self.steps is not None:
+            return step % self.steps == 0
+        if jax.process_count() == 1:
+            return seconds > self.seconds
+        # Clocks differ, and asking the others takes time.
+        return step % STEPS_BETWEEN_AGREEMENTS == 0 and bool(greatest(seconds > self.seconds))
 
 
 @dataclass(frozen=True)
@@ -111,28 +129,50 @@ class RunResult:
     seconds: float
     diverged_step: int | None
 
+    @classmethod
+    def from_json(cls, value: Any) -> "RunResult":
+        """What a checkpoint has stored.
+
+        Raises:
+          InputError: it is not the record of a run.
+        """
+        number = (int, float)
+        expected = {
+            "status": lambda v: v in get_args(Status),
+            "step": lambda v: type(v) is int and v >= 0,
+            "seconds": lambda v: type(v) in number,
+            "diverged_step": lambda v: v is None or type(v) is int,
+            "rows": lambda v: isinstance(v, list) and all(map(is_row, v)),
+        }
+
+        def is_row(row: Any) -> bool:
+            return (
+                isinstance(row, dict)
+                and row.keys() == set(METRICS)
+                and all(type(entry) in number for entry in row.values())
+            )
+
+        if not isinstance(value, dict) or value.keys() != expected.keys():
+            raise InputError("a checkpoint's progress is not the record of a run")
+        for name, is_valid in expected.items():
+            if not is_valid(value[name]):
+                raise InputError(f"a checkpoint's progress has no valid {name}")
+        return cls(**value)
+
     def final(self, metric: str) -> float:
         """The metric at the end of the run; NaN for a run that has not got there."""
         return self.rows[-1][metric] if self.rows and self.status != "unfinished" else float("nan")
 
 
-def read_result(directory: Path) -> RunResult | None:
-    """What the run in `directory` has come to, or None where nothing was saved."""
-    if not (directory / "checkpoints").is_dir():
-        return None
-    with Checkpoints(directory, read_only=True) as checkpoints:
-        if checkpoints.latest_step() is None:
-            return None
-        return RunResult(**checkpoints.read_progress())
-
-
-def write_metrics(path: Path, rows: list[dict[str, Any]]) -> None:
-    """`metrics.csv`: a row an epoch, floats in full."""
+def write_metrics(directory: Path, rows: list[dict[str, Any]]) -> None:
+    """`metrics.csv` in a run directory: a row an epoch, floats in full."""
+    if not is_primary():
+        return
     text = io.StringIO()
     writer = csv.DictWriter(text, METRICS, lineterminator="\n")
     writer.writeheader()
     writer.writerows(rows)
-    write_atomic(path, text.getvalue())
+    write_atomic(directory / "metrics.csv", text.getvalue())
 
 
 def train_run(
@@ -141,22 +181,30 @@ def train_run(
     directory: Path,
     on_progress: Callable[[Progress], None] = lambda progress: None,
     stop: Callable[[], bool] = lambda: False,
+    checkpoint_every: CheckpointEvery = CheckpointEvery(),
+    config: dict[str, Any] | None = None,
 ) -> RunResult:
     """Train from `seed`, or from where `directory` left off, to the end of the recipe.
 
-    Writes `metrics.csv` and `checkpoints/` below `directory`. A loss that is not finite ends the
-    run as `diverged`; `stop()` becoming true ends it, saved, as `unfinished`.
+    Writes `metrics.csv` and `checkpoints/` below `directory`; each checkpoint has a copy of
+    `config`. Damaged checkpoints are warned of and replaced. A loss or gradient that is not finite
+    ends the run, when its epoch is measured, as `diverged`; `stop()` becoming true ends it, saved,
+    as `unfinished`. With several processes, all of them call this together.
+
+    Raises:
+      StorageError: something cannot be written; the checkpoints from before are intact.
     """
     start = time.perf_counter()
-    directory.mkdir(parents=True, exist_ok=True)
     state = create_state(program.model, program.optimizer, seed, program.image_shape, program.mesh)
     with Checkpoints(directory) as checkpoints:
+        checkpoints.warn_of_damage("the run starts anew")
         result = RunResult("unfinished", [], 0, 0.0, None)
-        if checkpoints.latest_step() is not None:
+        if checkpoints.step is not None:
             state, saved = checkpoints.restore(state)
-            result = RunResult(**saved)
+            result = RunResult.from_json(saved)
+            # A crash may have come after the row of an epoch and before its checkpoint.
+            write_metrics(directory, result.rows)
         if result.status != "unfinished":
-            write_metrics(directory / "metrics.csv", result.rows)
             return result
 
         rows, step = list(result.rows), result.step
@@ -172,7 +220,7 @@ def train_run(
 
         def save() -> RunResult:
             result = RunResult(status, list(rows), step, seconds(), diverged_step)
-            checkpoints.save(state, vars(result))
+            checkpoints.save(state, vars(result), config)
             return result
 
         while True:
@@ -182,7 +230,11 @@ def train_run(
                 if row is None:
                     break  # stopped in the middle; measured anew when the run goes on
                 rows.append({**row, "seconds": seconds()})
-                write_metrics(directory / "metrics.csv", rows)
+                try:
+                    write_metrics(directory, rows)
+                except StorageError:
+                    checkpoints.wait()  # it needs more space, and says how much
+                    raise
                 diverged_step = _diverged_step(state, row)
                 if diverged_step is not None:
                     status = "diverged"
@@ -192,7 +244,8 @@ def train_run(
             if status != "unfinished" or stop():
                 break
 
-            if time.perf_counter() - last_save > SECONDS_BETWEEN_CHECKPOINTS:
+            checkpoints.check()
+            if step > result.step and checkpoint_every.due(step, time.perf_counter() - last_save):
                 save()
                 last_save = time.perf_counter()
             if order is None or order_epoch != step // per_epoch:

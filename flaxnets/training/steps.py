@@ -17,7 +17,8 @@ from flaxnets.parallel import replicate, replicated, split_batch
 
 
 class RunningMetrics(flax.struct.PyTreeNode):
-    """Sums over the steps of the current epoch, and the first step whose loss was not finite.
+    """Sums over the steps of the current epoch, and the first step whose loss or gradient was not
+    finite.
 
     Part of the state, so that a run resumed in the middle of an epoch reports the same numbers.
     """
@@ -142,7 +143,8 @@ def make_train_step(
 
         running = state.running
         keep = state.step % (order.shape[0] // batch_size) != 0  # an epoch's first step starts anew
-        first_divergence = (running.diverged_step < 0) & ~jnp.isfinite(loss)
+        finite = jnp.isfinite(loss) & all_finite(gradients)
+        first_divergence = (running.diverged_step < 0) & ~finite
         running = RunningMetrics(
             loss_sum=jnp.where(keep, running.loss_sum, 0) + loss * batch_size,
             errors=keep * running.errors + count_errors(logits, labels).sum(),
@@ -160,6 +162,11 @@ def make_train_step(
         return state, loss
 
     return train_step
+
+
+def all_finite(tree: Any) -> jax.Array:
+    """Whether no array of `tree` has a NaN or an infinity in it."""
+    return jnp.stack([jnp.isfinite(leaf).all() for leaf in jax.tree.leaves(tree)]).all()
 
 
 def count_errors(logits: jax.Array, labels: jax.Array) -> jax.Array:

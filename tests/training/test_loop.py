@@ -1,23 +1,21 @@
 import csv
 from dataclasses import replace
 
-import jax
 import numpy as np
 import pytest
 
 import flaxnets
 from flaxnets.parallel import data_mesh
-from flaxnets.training import RECIPES, Checkpoints, Program, create_state, read_result, train_run
+from flaxnets.training import (
+    RECIPES,
+    CheckpointEvery,
+    Checkpoints,
+    Program,
+    RunResult,
+    create_state,
+    train_run,
+)
 from flaxnets.training.loop import METRICS
-
-
-@pytest.fixture(scope="module")
-def program(digits):
-    """Two epochs and a half of the smallest network: 28 steps, 11 an epoch."""
-    recipe = replace(RECIPES["digits"], epochs=None, steps=28)
-    return Program.create(
-        flaxnets.create_model("cifar_resnet8", num_classes=10), 8, recipe, digits, data_mesh()
-    )
 
 
 def metrics(directory):
@@ -36,17 +34,9 @@ def stop_at(step):
     return on_progress, lambda: reached[0] >= step
 
 
-def final_state(program, directory):
-    state = create_state(program.model, program.optimizer, 0, program.image_shape, program.mesh)
-    with Checkpoints(directory) as checkpoints:
-        state, _ = checkpoints.restore(state)
-    return jax.tree.map(np.asarray, state.replace(key=jax.random.key_data(state.key)))
-
-
-@pytest.fixture(scope="module")
-def uninterrupted(program, tmp_path_factory):
-    directory = tmp_path_factory.mktemp("uninterrupted")
-    return directory, train_run(program, 0, directory)
+def read_result(directory):
+    with Checkpoints(directory, read_only=True) as checkpoints:
+        return RunResult.from_json(checkpoints.read_progress())
 
 
 def test_a_run_writes_a_row_an_epoch(uninterrupted):
@@ -70,7 +60,7 @@ def test_the_same_seed_gives_the_same_run(program, uninterrupted, tmp_path):
 
 
 @pytest.mark.parametrize("stops", [[5], [11], [1, 22, 25], [28]])
-def test_a_resumed_run_is_the_uninterrupted_one(program, uninterrupted, tmp_path, stops):
+def test_a_resumed_run_is_the_uninterrupted_one(program, assert_same_run, tmp_path, stops):
     """Stopped in the middle of an epoch, while one is measured, in the very last step."""
     for at in stops:
         result = train_run(program, 0, tmp_path, *stop_at(at))
@@ -78,19 +68,17 @@ def test_a_resumed_run_is_the_uninterrupted_one(program, uninterrupted, tmp_path
         assert read_result(tmp_path).status == "unfinished"
     result = train_run(program, 0, tmp_path)
     assert result.status == "finished"
-    assert metrics(tmp_path) == metrics(uninterrupted[0])
-    ours, theirs = final_state(program, tmp_path), final_state(program, uninterrupted[0])
-    jax.tree.map(np.testing.assert_array_equal, ours, theirs)
+    assert_same_run(tmp_path)
     assert read_result(tmp_path).status == "finished"
 
 
-def test_stopped_between_two_epochs(program, uninterrupted, tmp_path):
+def test_stopped_between_two_epochs(program, assert_same_run, tmp_path):
     seen = []
     stop = lambda: bool(seen and seen[-1].rows)  # noqa: E731
     result = train_run(program, 0, tmp_path, seen.append, stop)
     assert (result.status, result.step, len(result.rows)) == ("unfinished", 11, 1)
     train_run(program, 0, tmp_path)
-    assert metrics(tmp_path) == metrics(uninterrupted[0])
+    assert_same_run(tmp_path)
 
 
 def test_a_finished_run_is_not_trained_again(program, uninterrupted):
@@ -101,17 +89,14 @@ def test_a_finished_run_is_not_trained_again(program, uninterrupted):
     assert not seen
 
 
-def test_a_saved_state_is_that_of_its_step(program, uninterrupted, monkeypatch, tmp_path):
+def test_a_saved_state_is_that_of_its_step(program, assert_same_run, tmp_path):
     """Saving copies: the next steps, which reuse the memory, leave a checkpoint alone."""
-    monkeypatch.setattr("flaxnets.training.loop.SECONDS_BETWEEN_CHECKPOINTS", 0)
-    train_run(program, 0, tmp_path, *stop_at(6))
+    train_run(program, 0, tmp_path, *stop_at(6), CheckpointEvery(steps=1))
     kept = sorted(int(path.name) for path in (tmp_path / "checkpoints").iterdir())
     assert kept == [5, 6]
     (tmp_path / "checkpoints" / "6").rename(tmp_path / "moved-away")
-    monkeypatch.undo()
     train_run(program, 0, tmp_path)
-    ours, theirs = final_state(program, tmp_path), final_state(program, uninterrupted[0])
-    jax.tree.map(np.testing.assert_array_equal, ours, theirs)
+    assert_same_run(tmp_path)
 
 
 def test_divergence_ends_the_run_with_a_record(digits, tmp_path):

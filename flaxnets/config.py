@@ -1,0 +1,85 @@
+"""What a run's config must hold before anything is made of it: it may come from a stranger."""
+
+import math
+import re
+from collections.abc import Callable
+from typing import Any
+
+import jax.numpy as jnp
+
+from flaxnets.errors import InputError
+
+DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
+
+
+def _is_count(value: Any) -> bool:
+    return type(value) is int and 0 <= value < 2**63
+
+
+def _is_number(value: Any) -> bool:
+    return type(value) in (int, float) and math.isfinite(value)
+
+
+def _are(is_valid: Callable[[Any], bool]) -> Callable[[Any], bool]:
+    return lambda value: isinstance(value, list) and all(map(is_valid, value))
+
+
+def _is_text(value: Any) -> bool:
+    return isinstance(value, str)
+
+
+def _is_name(value: Any) -> bool:
+    """Of a network, or `module:function`: what may be printed and drawn as it is."""
+    return isinstance(value, str) and re.fullmatch(r"[\w.:]{1,200}", value) is not None
+
+
+def _is_model(value: Any) -> bool:
+    """Of this library (`name`, `overrides` with plain values) or of one's own (`build`)."""
+    if not isinstance(value, dict) or not _is_count(value.get("num_classes")):
+        return False
+    if "build" in value:
+        return _is_name(value["build"])
+    overrides = value.get("overrides")
+    return (
+        _is_name(value.get("name"))
+        and isinstance(overrides, dict)
+        and all(isinstance(entry, str | int | float | None) for entry in overrides.values())
+    )
+
+
+def _is_preprocess(value: Any) -> bool:
+    return (
+        isinstance(value, dict)
+        and value.keys() == {"image_shape", "mean", "std"}
+        and _are(_is_count)(value["image_shape"])
+        and len(value["image_shape"]) == 3
+        and all(
+            _are(_is_number)(value[name]) and len(value[name]) == value["image_shape"][2]
+            for name in ("mean", "std")
+        )
+    )
+
+
+FIELDS: dict[str, Callable[[Any], bool]] = {
+    "kind": _is_name,
+    "depth": _is_count,
+    "seed": _is_count,
+    "model": _is_model,
+    "blocks": _are(_is_count),
+    "block": lambda value: value is None or _is_name(value),
+    "parameters": _is_count,
+    "precision": lambda value: value in tuple(DTYPES),
+    "class_names": _are(_is_text),
+    "preprocess": _is_preprocess,
+}
+
+
+def check_config(config: dict[str, Any]) -> None:
+    """Refuse what is not the config of a run.
+
+    Raises:
+      InputError: with the field.
+    """
+    for name, is_valid in FIELDS.items():
+        if name not in config or not is_valid(config[name]):
+            raise InputError(f"its config has no valid {name}")

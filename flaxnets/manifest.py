@@ -1,0 +1,56 @@
+"""The sha256 of every file of a directory, in the directory: `sha256sum -c manifest.sha256`."""
+
+import hashlib
+import os
+import stat
+from pathlib import Path
+
+from flaxnets.files import write_atomic
+
+MANIFEST = "manifest.sha256"
+
+
+def write_manifest(directory: Path) -> None:
+    """Put down what is in `directory`."""
+    lines = [f"{_sha256(path)}  {name}\n" for name, path in sorted(_files(directory).items())]
+    write_atomic(directory / MANIFEST, "".join(lines))
+
+
+def find_damage(directory: Path) -> str | None:
+    """What is not as it was when the manifest was written (one thing, named), or None.
+
+    Nothing outside `directory` is read: links are damage.
+    """
+    if not (directory / MANIFEST).is_file() or (directory / MANIFEST).is_symlink():
+        return f"it has no {MANIFEST}, so it was never completed"
+    try:
+        lines = (directory / MANIFEST).read_text(encoding="utf-8").splitlines()
+    except UnicodeDecodeError:
+        return f"{MANIFEST} is damaged"
+    expected = {name: digest for digest, _, name in (line.partition("  ") for line in lines)}
+    found = _files(directory)
+    for name in sorted(expected.keys() | found.keys()):
+        if name not in found:
+            return f"{name} is missing"
+        if name not in expected:
+            return f"{name} does not belong to it"
+        if not stat.S_ISREG(found[name].lstat().st_mode):
+            return f"{name} is not a file"
+        if _sha256(found[name]) != expected[name]:
+            return f"{name} has been changed"
+    return None
+
+
+def _files(directory: Path) -> dict[str, Path]:
+    """All that is in `directory` but folders, by the path from there; links are not followed."""
+    return {
+        path.relative_to(directory).as_posix(): path
+        for folder, folders, names in os.walk(directory)
+        for path in (Path(folder, name) for name in (*folders, *names))
+        if (path.is_symlink() or not path.is_dir()) and path != directory / MANIFEST
+    }
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

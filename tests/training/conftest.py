@@ -1,0 +1,51 @@
+"""A small run, uninterrupted, that others are compared with."""
+
+from dataclasses import replace
+
+import jax
+import numpy as np
+import pytest
+
+import flaxnets
+from flaxnets.parallel import data_mesh
+from flaxnets.training import RECIPES, Checkpoints, Program, create_state, train_run
+
+
+@pytest.fixture(scope="session")
+def program(digits):
+    """Two epochs and a half of the smallest network: 28 steps, 11 an epoch."""
+    recipe = replace(RECIPES["digits"], epochs=None, steps=28)
+    return Program.create(
+        flaxnets.create_model("cifar_resnet8", num_classes=10), 8, recipe, digits, data_mesh()
+    )
+
+
+@pytest.fixture(scope="session")
+def uninterrupted(program, tmp_path_factory):
+    """Directory and result. Not to be changed."""
+    directory = tmp_path_factory.mktemp("uninterrupted")
+    return directory, train_run(program, 0, directory)
+
+
+@pytest.fixture(scope="session")
+def assert_same_run(program, uninterrupted):
+    """Assert that a run has ended bit for bit as the uninterrupted one: the whole state, and
+    `metrics.csv` but for the seconds."""
+
+    def final_state(directory):
+        state = create_state(program.model, program.optimizer, 0, program.image_shape, program.mesh)
+        with Checkpoints(directory, read_only=True) as checkpoints:
+            state, _ = checkpoints.restore(state)
+        return jax.tree.map(np.asarray, state.replace(key=jax.random.key_data(state.key)))
+
+    def metrics(directory):
+        rows = (directory / "metrics.csv").read_text().splitlines()
+        return [row.rpartition(",")[0] for row in rows]
+
+    expected = final_state(uninterrupted[0])
+
+    def assert_same_run(directory):
+        assert metrics(directory) == metrics(uninterrupted[0])
+        jax.tree.map(np.testing.assert_array_equal, final_state(directory), expected)
+
+    return assert_same_run

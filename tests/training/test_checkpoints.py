@@ -1,0 +1,171 @@
+"""Damage to checkpoints is found, named and mended, and costs no bit."""
+
+import os
+import shutil
+import stat
+
+import numpy as np
+import pytest
+
+from flaxnets.errors import DamageWarning
+from flaxnets.manifest import MANIFEST, find_damage, write_manifest
+from flaxnets.training import CheckpointEvery, Checkpoints, train_run
+
+
+@pytest.fixture(scope="module")
+def stopped(program, tmp_path_factory):
+    """A run stopped at step 23 that has the checkpoints 20 and 23. Not to be changed."""
+    directory = tmp_path_factory.mktemp("stopped")
+    steps = []
+    train_run(
+        program,
+        0,
+        directory,
+        lambda progress: steps.append(progress.step),
+        lambda: bool(steps) and steps[-1] >= 23,
+        CheckpointEvery(steps=5),
+    )
+    return directory
+
+
+@pytest.fixture
+def run(stopped, tmp_path):
+    """A copy of it to do harm to."""
+    return shutil.copytree(stopped, tmp_path / "run")
+
+
+def newest(directory):
+    with Checkpoints(directory, read_only=True) as checkpoints:
+        return checkpoints.step, " ".join(checkpoints.damage)
+
+
+def files(directory):
+    return sorted(path for path in directory.rglob("*") if path.is_file())
+
+
+def flip_a_bit(path, random):
+    data = bytearray(path.read_bytes())
+    data[random.randint(len(data))] ^= 1 << random.randint(8)
+    path.write_bytes(data)
+
+
+def truncate(path, random):
+    os.truncate(path, random.randint(path.stat().st_size))
+
+
+def empty(path, _):
+    os.truncate(path, 0)
+
+
+def delete(path, _):
+    path.unlink()
+
+
+def grow(path, _):
+    path.write_bytes(path.read_bytes() + b"\0")
+
+
+def test_the_newest_two_are_kept(stopped):
+    names = sorted(path.name for path in (stopped / "checkpoints").iterdir())
+    assert names == ["20", "23"]
+    assert newest(stopped) == (23, "")
+
+
+@pytest.mark.parametrize("harm", [flip_a_bit, truncate, empty, delete, grow])
+def test_damage_to_any_file_is_found_and_named(run, harm):
+    random = np.random.RandomState(0)
+    checkpoint = run / "checkpoints" / "23"
+    paths = files(checkpoint)
+    assert len(paths) > 20
+    for path in paths:
+        before = path.read_bytes()
+        harm(path, random)
+        damage = find_damage(checkpoint)
+        assert damage is not None, path
+        if path.name != MANIFEST:
+            assert path.relative_to(checkpoint).as_posix() in damage
+        path.write_bytes(before)
+    assert find_damage(checkpoint) is None
+
+
+def test_what_does_not_belong_is_damage(run, tmp_path):
+    checkpoint = run / "checkpoints" / "23"
+    outside = tmp_path / "outside"
+    outside.write_text("secret")
+    metadata = checkpoint / "_CHECKPOINT_METADATA"
+    content = metadata.read_bytes()
+    metadata.unlink()
+    metadata.symlink_to(outside)
+    assert find_damage(checkpoint) == "_CHECKPOINT_METADATA is not a file"
+    metadata.unlink()
+    os.mkfifo(metadata)  # would never be read to its end
+    assert stat.S_ISFIFO(metadata.stat().st_mode)
+    assert find_damage(checkpoint) == "_CHECKPOINT_METADATA is not a file"
+    metadata.unlink()
+    metadata.write_bytes(content)
+    (checkpoint / "training" / "more").symlink_to(tmp_path)
+    assert find_damage(checkpoint) == "training/more does not belong to it"
+
+
+def test_sha256sum_reads_the_manifest(run):
+    lines = (run / "checkpoints" / "23" / MANIFEST).read_text().splitlines()
+    assert all(len(line.split("  ")[0]) == 64 for line in lines)
+    if shutil.which("sha256sum"):
+        assert os.system(f"cd {run}/checkpoints/23 && sha256sum --quiet -c {MANIFEST}") == 0
+
+
+@pytest.mark.parametrize("harm", [flip_a_bit, truncate, delete], ids=lambda f: f.__name__)
+def test_training_goes_on_from_the_newest_good_one(program, assert_same_run, run, harm):
+    arrays = max(files(run / "checkpoints" / "23"), key=lambda path: path.stat().st_size)
+    harm(arrays, np.random.RandomState(1))
+    assert newest(run)[0] == 20
+    with pytest.warns(DamageWarning, match=rf"checkpoint 23 .*{arrays.name}.*checkpoint 20 is use"):
+        result = train_run(program, 0, run)
+    assert result.status == "finished"
+    assert_same_run(run)
+
+
+def test_nothing_good_is_a_start_from_the_seed(program, assert_same_run, run):
+    for step in (20, 23):
+        (run / "checkpoints" / str(step) / "training" / "_METADATA").unlink()
+    with pytest.warns(DamageWarning, match="the run starts anew"):
+        train_run(program, 0, run)
+    assert_same_run(run)
+
+
+def test_what_a_crash_leaves_is_no_checkpoint(program, assert_same_run, run):
+    """An empty directory, one that was not completed, one half removed, one being written."""
+    checkpoints = run / "checkpoints"
+    (checkpoints / "27").mkdir()
+    shutil.copytree(checkpoints / "23", checkpoints / "26")
+    (checkpoints / "26" / MANIFEST).unlink()
+    shutil.copytree(checkpoints / "20" / "training", checkpoints / "15" / "training")
+    shutil.copytree(checkpoints / "23", checkpoints / "25.orbax-checkpoint-tmp")
+    (checkpoints / "notes.txt").write_text("mine")
+    step, damage = newest(run)
+    assert step == 23
+    assert "checkpoint 27" in damage
+    assert f"checkpoint 26 of {run} is damaged (it has no {MANIFEST}" in damage
+    with pytest.warns(DamageWarning, match="checkpoint 23 is used"):
+        train_run(program, 0, run)
+    assert_same_run(run)
+    names = {path.name for path in checkpoints.iterdir()}
+    assert names == {"23", "28", "notes.txt"}
+
+
+def test_metrics_are_those_of_the_checkpoint(program, run):
+    """A crash may come between the two; the rows are those up to the checkpoint again."""
+    rows = (run / "metrics.csv").read_text()
+    (run / "metrics.csv").write_text(rows + "99,999,0,0,0,0,0,0,0,0\n1,1\0")
+    train_run(program, 0, run, stop=lambda: True)
+    assert (run / "metrics.csv").read_text() == rows
+
+
+def test_a_manifest_lists_what_is_there(tmp_path):
+    (tmp_path / "b").mkdir()
+    (tmp_path / "b" / "file").write_text("content")
+    assert find_damage(tmp_path) == f"it has no {MANIFEST}, so it was never completed"
+    write_manifest(tmp_path)
+    assert find_damage(tmp_path) is None
+    (tmp_path / MANIFEST).write_bytes(b"\xff\xfe")
+    assert find_damage(tmp_path) == f"{MANIFEST} is damaged"
