@@ -4,10 +4,8 @@ import csv
 import json
 import re
 import shutil
-import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -380,60 +378,6 @@ def test_divergence_does_not_end_the_study(command, tmp_path):
     assert all(1 < int(row["diverged_step"]) <= 11 for row in rows)
     assert "diverged at step" in printed
     assert "left out of the means: 2" in printed
-
-
-def interrupt(out, arguments, number, times=1):
-    """Start the command, send it a signal once an epoch is measured, and wait for it to end."""
-    process = subprocess.Popen(
-        [sys.executable, ROOT / "experiments" / "degradation.py", "--out", out, *arguments],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
-    while not (out / "plain-8" / "seed-0" / "metrics.csv").exists() and process.poll() is None:
-        time.sleep(0.05)
-    for _ in range(times):
-        process.send_signal(number)
-        time.sleep(0.2)
-    start = time.perf_counter()
-    _, err = process.communicate(timeout=120)
-    return process.returncode, err, time.perf_counter() - start
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize(
-    ("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)], ids=["INT", "TERM"]
-)
-def test_an_interrupted_study_goes_on_where_it_was(data_dir, study, tmp_path, number, status):
-    out = tmp_path / "out"
-    arguments = ["--depths", "8", "--epochs", "40", "--kinds", "plain"]
-    arguments += ["--data-dir", str(data_dir)]
-    code, err, _ = interrupt(out, arguments, number)
-    assert code == status, err
-    assert "continue with: python" in err
-    assert str(out) in err
-    (row,) = summary(out)
-    assert row["status"] == "unfinished"
-    stopped_at = int(row["steps"])
-    assert 0 < stopped_at < 440
-    finished = subprocess.run(
-        [sys.executable, ROOT / "experiments" / "degradation.py", "--out", out, *arguments],
-        capture_output=True,
-        text=True,
-        check=True,
-    )
-    (row,) = summary(out)
-    assert (row["status"], row["steps"]) == ("finished", "440")
-    assert "plain-8 seed 0: train error" in finished.stdout
-
-
-@pytest.mark.slow
-def test_a_second_signal_leaves_at_once(data_dir, study, tmp_path):
-    arguments = ["--depths", "8", "--epochs", "4000", "--kinds", "plain"]
-    arguments += ["--data-dir", str(data_dir)]
-    code, _, seconds = interrupt(tmp_path / "out", arguments, signal.SIGINT, times=2)
-    assert code == 130
-    assert seconds < 5
 
 
 class TestConclusion:
