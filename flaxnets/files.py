@@ -60,10 +60,12 @@ def explained(path: Path, size: int) -> Iterator[None]:
 
 def _reason(path: Path, size: int, error: Exception) -> str | None:
     place = path.parent
+    number = error.errno if isinstance(error, OSError) else None
+    if number in (errno.EACCES, errno.EPERM, errno.EROFS):
+        return f"no permission to write in {place}"
     if not place.is_dir():
         return f"the directory {place} is gone"
     free = shutil.disk_usage(place).free
-    number = error.errno if isinstance(error, OSError) else None
     if number in (errno.ENOSPC, errno.EDQUOT) or free < size or "space left" in str(error):
         return f"it needs about {megabytes(size)}, and {megabytes(free)} are free; make space"
     if not os.access(place, os.W_OK | os.X_OK):

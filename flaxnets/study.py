@@ -285,20 +285,19 @@ def open_study(
 @contextmanager
 def _lock(out: Path) -> Iterator[None]:
     with explained(out / ".lock", 0):
-        lock = (out / ".lock").open("a+", encoding="utf-8")
+        lock = (out / ".lock").open("ab+", buffering=0)
     with lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
             lock.seek(0)
             raise InputError(
-                f"--out {out} is in use by another process ({lock.read().strip()}); "
+                f"--out {out} is in use by another process ({lock.read().decode().strip()}); "
                 "wait for it or give another directory"
             ) from error
         with explained(out / ".lock", 0):
             lock.truncate(0)
-            lock.write(f"pid {os.getpid()} on {socket.gethostname()}\n")
-            lock.flush()
+            lock.write(f"pid {os.getpid()} on {socket.gethostname()}\n".encode())
         yield
 
 

@@ -6,9 +6,12 @@ A checkpoint is a directory named by its step. It holds everything a run consist
 written last: a directory without one is no checkpoint, and one that differs from it is damaged.
 """
 
+import os
 import shutil
 import warnings
+from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -42,18 +45,22 @@ class Checkpoints:
         self._checkpointer = ocp.AsyncCheckpointer(ocp.CompositeCheckpointHandler())
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
         self._saving: Future[None] | None = None
+        self._handle: int | None = None
         self._saved: tuple[Any, ...] | None = None
         self.step, self.damage = self._find_newest()
         if not read_only and is_primary():
             with explained(self.directory, 0):
                 self.directory.mkdir(parents=True, exist_ok=True)
                 self._clean_up()
+            self._handle = os.open(self.directory, os.O_RDONLY)
 
     def __enter__(self) -> "Checkpoints":
         return self
 
     def __exit__(self, *_: object) -> None:
         self._thread.shutdown()
+        if self._handle is not None:
+            os.close(self._handle)
         self._checkpointer.close()
 
     def warn_of_damage(self, otherwise: str) -> None:
@@ -83,8 +90,8 @@ class Checkpoints:
         self.wait()
         path = self.directory / str(step)
         size = OVERHEAD + sum(leaf.nbytes for leaf in jax.tree.leaves(state))
-        with explained(path, size):
-            if not self.directory.is_dir():  # Orbax would make it anew
+        with self._explained(path, size):
+            if self._is_gone():  # Orbax would make it anew
                 raise FileNotFoundError
             # Stopped before its epoch was measured, and gone on from there: the record has grown.
             if is_primary() and path.exists():
@@ -104,7 +111,7 @@ class Checkpoints:
     def _complete(self, path: Path, size: int) -> None:
         """Once Orbax has written `path`, make it a checkpoint and remove what it replaces."""
         try:
-            with explained(path, size):
+            with self._explained(path, size):
                 self._checkpointer.wait_until_finished()
                 if is_primary():
                     write_manifest(path)
@@ -113,6 +120,28 @@ class Checkpoints:
         except StorageError:
             self._remove_unfinished()  # half a checkpoint takes up space
             raise
+
+    @contextmanager
+    def _explained(self, path: Path, size: int) -> Iterator[None]:
+        try:
+            with explained(path, size):
+                yield
+        except Exception as error:
+            if not self._is_gone():
+                raise
+            # Whatever Orbax has made of it, and of the path, since.
+            raise StorageError(
+                f"{path} cannot be written: {self.directory} is gone; the same command starts "
+                "this run anew"
+            ) from error
+
+    def _is_gone(self) -> bool:
+        """Whether the directory is no longer the one that was opened."""
+        if self._handle is None:
+            return False
+        if not self.directory.is_dir():
+            return True
+        return not os.path.samestat(os.fstat(self._handle), self.directory.stat())
 
     def check(self) -> None:
         """Raise what has gone wrong in the background, if anything has yet."""

@@ -1,0 +1,145 @@
+"""Full disks and vanished directories: one clear line, nothing lost, and on from there."""
+
+import errno
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import pytest
+
+from flaxnets.console import run_command
+from flaxnets.errors import StorageError
+from flaxnets.files import write_atomic
+from flaxnets.study import read_runs
+from tests.studies import finish
+
+EVERY = ["--checkpoint-every", "5steps"]
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    """A real file system of 1.5 MB, with room for one checkpoint and a half."""
+    place = tmp_path / "disk"
+    place.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=1500k", "tmpfs", str(place)]
+    if shutil.which("mount") is None or subprocess.run(mount, check=False).returncode:
+        pytest.skip("this machine does not let us mount a file system")
+    yield place
+    subprocess.run(["umount", str(place)], check=True)
+
+
+@pytest.fixture
+def command(degradation, study, capsys):
+    """Run the study's command with another --out: status and stderr."""
+
+    def run(out):
+        capsys.readouterr()
+        arguments = [*study.arguments[:-4], *EVERY, "--out", str(out)]
+        status = run_command(degradation.main, arguments)
+        return status, capsys.readouterr().err
+
+    return run
+
+
+def numbers(out):
+    """What the runs have come to, but for the times."""
+    return [
+        (run.key, run.result.status, [{**row, "seconds": 0} for row in run.result.rows])
+        for run in read_runs(out)
+    ]
+
+
+def test_a_full_disk(study, command, small_disk):
+    out = small_disk / "out"
+    status, err = command(out)
+    assert status == 1
+    assert err.startswith(f"error: {out}/plain-8/seed-0/checkpoints/")
+    assert "cannot be written: it needs about 0.9 MB, and" in err
+    assert "B are free; make space; what was saved before is intact" in err
+    assert err.count("\n") == 1
+    (run,) = read_runs(out)
+    assert run.result.status == "unfinished"
+    assert run.result.step >= 5
+    subprocess.run(["mount", "-o", "remount,size=20m", str(small_disk)], check=True)
+    status, err = command(out)
+    assert (status, err) == (0, "")
+    assert numbers(out) == numbers(study.out)
+
+
+def test_a_disk_that_is_full_from_the_start(command, small_disk):
+    (small_disk / "other").write_bytes(bytes(1_535_000))
+    status, err = command(small_disk / "out")
+    assert status == 1
+    assert err.startswith(f"error: {small_disk}/out/")
+    assert "are free; make space" in err
+    assert err.count("\n") == 1
+
+
+def test_no_permission():
+    """In a process of its own, which gives up being root where it is."""
+    place = Path(tempfile.mkdtemp())  # below no directory of root's alone, as `tmp_path` is
+    script = f"""
+import os
+from pathlib import Path
+from flaxnets.files import write_atomic
+if os.geteuid() == 0:
+    os.setuid(65534)
+write_atomic(Path({str(place / "file")!r}), "content")
+"""
+    place.chmod(0o555)
+    status, _, err = finish(sys.executable, "-c", script)
+    assert status == 1
+    assert f"StorageError: {place}/file cannot be written: no permission to write in" in err
+    place.rmdir()
+
+
+@pytest.mark.parametrize("what", ["plain-8/seed-0/checkpoints", "plain-8", "."])
+def test_a_directory_that_vanishes(study, command, degradation, tmp_path, monkeypatch, what):
+    out = tmp_path / "out"
+    at_step(degradation, monkeypatch, 8, lambda: (out / what).rename(tmp_path / "elsewhere"))
+    status, err = command(out)
+    monkeypatch.undo()
+    assert status == 1
+    assert err.startswith(f"error: {out}/plain-8/seed-0/")
+    assert "is gone" in err
+    assert err.count("\n") == 1
+    status, err = command(out)
+    assert (status, err) == (0, "")
+    assert numbers(out) == numbers(study.out)
+
+
+def at_step(degradation, monkeypatch, step, happens):
+    """Let something happen to the disk at a step of the first run."""
+    update, happened = degradation.StudyProgress.update, []
+
+    def watch(self, progress, force=False):
+        if progress.step == step and not happened:
+            happened.append(True)
+            happens()
+        update(self, progress, force)
+
+    monkeypatch.setattr(degradation.StudyProgress, "update", watch)
+
+
+def test_what_was_there_stays(tmp_path, monkeypatch):
+    """Where no file system can be mounted: the system's own errors, made up."""
+    path = tmp_path / "file"
+    write_atomic(path, "old")
+    for number, words in (
+        (errno.ENOSPC, r"needs about 2\.0 MB, and .* are free"),
+        (errno.EDQUOT, r"needs about 2\.0 MB"),
+        (errno.EACCES, "no permission to write in"),
+        (errno.EIO, "Input/output error"),
+    ):
+
+        def fail(_, number=number):
+            raise OSError(number, os.strerror(number))
+
+        monkeypatch.setattr(os, "fsync", fail)
+        with pytest.raises(StorageError, match=rf"{path} cannot be written: .*{words}"):
+            write_atomic(path, "n" * 2_000_000)
+        assert path.read_text() == "old"
+        assert list(tmp_path.iterdir()) == [path]
