@@ -1,6 +1,7 @@
 """What the commands share: arguments and errors in one line, signals, progress."""
 
 import argparse
+import logging
 import math
 import os
 import re
@@ -54,8 +55,10 @@ class ArgumentParser(argparse.ArgumentParser):
 
 def run_command(main: Callable[[list[str] | None], int], arguments: list[str] | None = None) -> int:
     """Run `main` and give the process's exit status: the user's mistakes are one line and 2."""
-    # TFDS and Orbax tell of their own inner life.
+    # TFDS and Orbax tell of their own inner life; what goes wrong there is raised as well.
     absl_logging.set_verbosity(absl_logging.FATAL)
+    logging.getLogger("asyncio").setLevel(logging.CRITICAL)
+    warnings.filterwarnings("ignore", "coroutine .* was never awaited", RuntimeWarning)
     tfds.disable_progress_bar()
     warnings.showwarning = partial(_show_warning, set())
     warnings.simplefilter("always", DamageWarning)

@@ -46,10 +46,10 @@ def explained(path: Path, size: int) -> Iterator[None]:
     """
     try:
         yield
-    except StorageError:
-        raise
     except Exception as error:
-        reason = _reason(path, size, error)
+        # The outer of two speaks: a checkpoint needs more than the file that was the last straw.
+        cause = error.__cause__ if isinstance(error, StorageError) else error
+        reason = _reason(path, size, cause)
         if reason is None:
             raise
         raise StorageError(
@@ -58,7 +58,7 @@ def explained(path: Path, size: int) -> Iterator[None]:
         ) from error
 
 
-def _reason(path: Path, size: int, error: Exception) -> str | None:
+def _reason(path: Path, size: int, error: BaseException | None) -> str | None:
     place = path.parent
     number = error.errno if isinstance(error, OSError) else None
     if number in (errno.EACCES, errno.EPERM, errno.EROFS):

@@ -118,7 +118,9 @@ class Checkpoints:
                     for step in self._steps()[:-KEPT]:
                         _remove(self.directory / str(step))
         except StorageError:
-            self._remove_unfinished()  # half a checkpoint takes up space
+            self._remove_unfinished()  # they take up space
+            if find_damage(path):
+                shutil.rmtree(path, ignore_errors=True)
             raise
 
     @contextmanager
