@@ -74,12 +74,14 @@ FIELDS: dict[str, Callable[[Any], bool]] = {
 }
 
 
-def check_config(config: dict[str, Any]) -> None:
+def check_config(config: Any) -> None:
     """Refuse what is not the config of a run.
 
     Raises:
       InputError: with the field.
     """
+    if not isinstance(config, dict):
+        raise InputError("its config is not that of a run")
     for name, is_valid in FIELDS.items():
         if name not in config or not is_valid(config[name]):
             raise InputError(f"its config has no valid {name}")

@@ -218,7 +218,8 @@ class Checkpoints:
         """The steps of all checkpoints, good or not, in order."""
         if not self.directory.is_dir():
             return []
-        names = [path.name for path in self.directory.iterdir() if path.is_dir()]
+        paths = [path for path in self.directory.iterdir() if not path.is_symlink()]
+        names = [path.name for path in paths if path.is_dir()]
         return sorted(int(name) for name in names if name.isdecimal() and len(name) < 19)
 
     def _clean_up(self) -> None:
