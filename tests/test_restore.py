@@ -4,10 +4,12 @@ import shutil
 import subprocess
 import sys
 
+import jax
 import numpy as np
 import pytest
 
 import flaxnets
+from flaxnets.errors import DamageWarning
 from flaxnets.manifest import write_manifest
 
 SCRIPT = """
@@ -76,6 +78,38 @@ def test_no_checkpoint_yet(study, tmp_path):
     (tmp_path / "checkpoints").mkdir()
     with pytest.raises(flaxnets.InputError, match="no checkpoint yet"):
         flaxnets.restore(tmp_path)
+
+
+def test_a_damaged_checkpoint_is_not_used(study, tmp_path):
+    run = shutil.copytree(study.out / "plain-8" / "seed-0", tmp_path / "run")
+    older = shutil.copytree(run, tmp_path / "older")
+    shutil.rmtree(older / "checkpoints" / "22")
+    arrays = max(
+        (run / "checkpoints" / "22" / "variables").rglob("*"), key=lambda path: path.stat().st_size
+    )
+    data = bytearray(arrays.read_bytes())
+    data[len(data) // 2] ^= 1
+    arrays.write_bytes(data)
+    with pytest.warns(DamageWarning, match=rf"22 .*{arrays.name} has been .*checkpoint 11 is used"):
+        restored = flaxnets.restore(run)
+    assert restored.step == 11
+    expected = flaxnets.restore(older).variables
+    jax.tree.map(np.testing.assert_array_equal, restored.variables, expected)
+    (run / "checkpoints" / "11" / "commit_success.txt").unlink()
+    message = rf"no good checkpoint: .*22.*{arrays.name}.*; .*11.*commit_success.txt is missing"
+    with pytest.raises(flaxnets.InputError, match=message):
+        flaxnets.restore(run)
+    assert len(list((run / "checkpoints").iterdir())) == 2  # reading mends nothing
+
+
+def test_config_is_that_of_the_checkpoint(study, tmp_path):
+    """A changed digit of the mean in config.json would give wrong numbers."""
+    run = shutil.copytree(study.out / "plain-8" / "seed-0", tmp_path / "run")
+    expected = flaxnets.restore(run).preprocess
+    (run / "config.json").write_text((run / "config.json").read_text().replace("0.3", "0.4"))
+    assert flaxnets.restore(run).preprocess == expected
+    (run / "config.json").write_bytes(b"\0")
+    assert flaxnets.restore(run).preprocess == expected
 
 
 def test_a_network_of_ones_own_is_built_by_the_caller_alone(study, tmp_path):

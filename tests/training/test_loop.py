@@ -115,13 +115,30 @@ def test_divergence_ends_the_run_with_a_record(digits, tmp_path):
     assert not seen
 
 
-def test_nan_in_a_kernel_is_found_and_recorded(program, tmp_path):
-    train_run(program, 0, tmp_path / "good", *stop_at(3))
+def with_nan(program, directory, step):
+    """A run stopped at `step`, a kernel of which is then NaN, in a directory of its own."""
+    train_run(program, 0, directory / "good", *stop_at(step))
     state = create_state(program.model, program.optimizer, 0, program.image_shape, program.mesh)
-    with Checkpoints(tmp_path / "good") as checkpoints:
+    with Checkpoints(directory / "good") as checkpoints:
         state, progress = checkpoints.restore(state)
     state.params["stage2_block1"]["conv1"]["kernel"] *= np.nan
-    with Checkpoints(tmp_path / "bad") as checkpoints:
+    with Checkpoints(directory / "bad") as checkpoints:
         checkpoints.save(state, progress)
-    result = train_run(program, 0, tmp_path / "bad")
+    return directory / "bad"
+
+
+def test_nan_in_a_kernel_is_found_and_recorded(program, tmp_path):
+    result = train_run(program, 0, with_nan(program, tmp_path, 3))
     assert (result.status, result.diverged_step, result.step) == ("diverged", 4, 11)
+
+
+def test_a_diverged_run_stopped_before_it_was_found(program, tmp_path):
+    """It ends as diverged all the same, at its first step, and is not trained again."""
+    directory = with_nan(program, tmp_path, 3)
+    assert train_run(program, 0, directory, *stop_at(7)).status == "unfinished"
+    result = train_run(program, 0, directory)
+    assert (result.status, result.diverged_step, result.step) == ("diverged", 4, 11)
+    seen = []
+    again = train_run(program, 0, directory, seen.append)
+    assert (again.status, again.diverged_step) == ("diverged", 4)
+    assert not seen

@@ -98,6 +98,26 @@ def test_nan_in_any_kernel_gives_a_loss_that_is_not_finite(trained):
         assert again.running.diverged_step == 4
 
 
+class FiniteLoss(nn.Module):
+    """Its loss is finite when its gradient is not: the root of 0 has an infinite slope."""
+
+    @nn.compact
+    def __call__(self, x, train=False):
+        root = jnp.sqrt(self.param("root", nn.initializers.zeros, (10,)))
+        return nn.Dense(10, name="head")(x.reshape(len(x), -1)) + root
+
+
+def test_a_gradient_that_is_not_finite_is_found_at_its_step(digits):
+    mesh, model = data_mesh(), FiniteLoss()
+    optimizer = RECIPES["digits"].optimizer(220, 8)
+    step = make_train_step(model, optimizer, digits.preprocess, None, 128, mesh)
+    state = create_state(model, optimizer, 0, (8, 8, 1), mesh)
+    train = replicate(digits.train, mesh)
+    state, loss = step(state, train, epoch_order(state.key, 0, len(digits.train.labels)))
+    assert jnp.isfinite(loss)
+    assert state.running.diverged_step == 1
+
+
 class Plain(nn.Module):
     """Keeps the last batch it was trained on."""
 
