@@ -163,10 +163,11 @@ def test_a_batch_that_does_not_divide_by_the_devices_of_now(arguments, tmp_path)
     assert {path: path.stat().st_mtime_ns for path in out.rglob("*")} == before
     # On as many as it does divide by, the run goes on.
     status, _, err = finish(
-        *(*COMMAND, *arguments, "--out", out),
+        *(*COMMAND, *arguments, "--out", out, "--deterministic"),
         XLA_FLAGS="--xla_force_host_platform_device_count=2",
     )
     assert status == 0, err
     environments = json.loads((out / "study.json").read_text())["environments"]
     counts = [each["device_count"] for each in environments]
     assert counts == [1, 2]
+    assert "--xla_gpu_deterministic_ops=true" in environments[1]["xla_flags"]

@@ -14,7 +14,8 @@ import torch
 from tests.reference import torchvision_network
 
 ROOT = Path(__file__).parents[1]
-BLOCKS = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+README = (ROOT / "README.md").read_text()
+BLOCKS = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
 
 
 def block(marker):
@@ -44,6 +45,18 @@ def test_every_block_is_tested_here():
     markers = ("def build(", "flaxnets.restore(", "make_train_step(", "list_models()")
     markers += ("num_classes=None", "load_torch(")
     assert len(BLOCKS) == len(markers)
+
+
+def test_every_promise_is_kept_by_a_test():
+    section = README.split("## What it promises")[1].split("\n## ")[0]
+    rows = [line for line in section.splitlines() if line.startswith("| **")]
+    assert len(rows) == 10
+    last = ""
+    for row in rows:
+        for path, name in re.findall(r"\((tests/\S+\.py)\)|`(test_\w+)`", row.split("|")[2]):
+            last = path or last
+            assert not name or f"def {name}(" in (ROOT / last).read_text(), (last, name)
+        assert "`test_" in row.split("|")[2]
 
 
 def test_import_a_network(run):
