@@ -170,8 +170,8 @@ def check_study(
     definition, *configs = json.loads(json.dumps([definition, *configs]))
     stored = [{key: run.config.get(key) for key in definition} for run in runs if run.saved]
     study = _read_json(out / "study.json")
-    if not stored and study is not None:
-        stored = [study.get("study")]
+    if not stored and study is not None and isinstance(study.get("study"), dict):
+        stored = [study["study"]]
     known = {run.key: run.config for run in runs if run.saved}
     pairs = [(before, definition) for before in stored]
     pairs += [(known[run_key(config)], config) for config in configs if run_key(config) in known]
@@ -323,18 +323,20 @@ def read_runs(out: Path) -> list[Run]:
             checkpoints.warn_of_damage("the run starts anew")
             saved = checkpoints.step is not None
             result = RunResult("unfinished", [], 0, 0.0, None)
-            config = checkpoints.read_config() if saved else _read_json(directory / "config.json")
-            if saved:
-                result = RunResult.from_json(checkpoints.read_progress())
-        if config is None:
-            continue
-        try:
-            check_config(config)
-            if run_directory(out, *run_key(config)) != directory:
-                raise InputError(f"it is the run {' '.join(map(str, run_key(config)))}")
-        except InputError as error:
-            warnings.warn(f"{directory} is left out: {error}", DamageWarning, stacklevel=2)
-            continue
+            try:
+                if saved:
+                    config = checkpoints.read_config()
+                    result = RunResult.from_json(checkpoints.read_progress())
+                else:
+                    config = _read_json(directory / "config.json")
+                    if config is None:
+                        continue  # nothing has come of it yet
+                check_config(config)
+                if run_directory(out, *run_key(config)) != directory:
+                    raise InputError(f"it is the run {' '.join(map(str, run_key(config)))}")
+            except InputError as error:
+                warnings.warn(f"{directory} is left out: {error}", DamageWarning, stacklevel=2)
+                continue
         runs.append(Run(config, result, saved))
     return sort_runs(runs)
 
