@@ -100,6 +100,28 @@ def test_every_field_of_a_config_may_be_anything(run, watched):
     assert refused > len(fields)
 
 
+def test_every_field_of_a_record_may_be_anything(run):
+    """A run whose record is none is left out of its study."""
+    study = run.parent / "study"
+    run = shutil.move(run, study / "plain-8" / "seed-0")
+    path = run / "checkpoints" / "22" / "progress" / "metadata"
+    progress = json.loads(path.read_text())
+    runs = check_study(study, {}, [])
+    assert len(runs) == 1
+    for field, new in (
+        *((field, "no number") for field in places(progress) if field != ("diverged_step",)),
+        *((("status",), new) for new in HOSTILE),
+        (("step",), -1),
+        (("rows",), {}),
+        (("rows", 0), {}),
+        (("diverged_step",), "1"),
+    ):
+        path.write_text(json.dumps(changed(progress, field, new)))
+        sign(run)
+        with pytest.warns(DamageWarning, match="plain-8/seed-0 is left out"):
+            assert check_study(study, {}, []) == []
+
+
 @pytest.mark.parametrize("content", ["[" * 100_000, "[]", "null", "", "{", '{"a": 1}', "\0"])
 @pytest.mark.parametrize("item", ["config", "progress"])
 def test_json_that_is_no_record(run, item, content):

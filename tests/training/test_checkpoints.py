@@ -1,5 +1,6 @@
 """Damage to checkpoints is found, named and mended, and costs no bit."""
 
+import errno
 import os
 import shutil
 import stat
@@ -7,7 +8,7 @@ import stat
 import numpy as np
 import pytest
 
-from flaxnets.errors import DamageWarning
+from flaxnets.errors import DamageWarning, StorageError
 from flaxnets.manifest import MANIFEST, find_damage, write_manifest
 from flaxnets.training import CheckpointEvery, Checkpoints, train_run
 
@@ -151,6 +152,25 @@ def test_what_a_crash_leaves_is_no_checkpoint(program, assert_same_run, run):
     assert_same_run(run)
     names = {path.name for path in checkpoints.iterdir()}
     assert names == {"23", "28", "notes.txt"}
+
+
+def test_a_checkpoint_that_finds_no_space_leaves_none_behind(
+    program, assert_same_run, run, monkeypatch
+):
+    """Not even one that is whole but for its manifest; those from before stay."""
+
+    def fail(_):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr("flaxnets.training.checkpoints.write_manifest", fail)
+    with pytest.raises(
+        StorageError, match=r"checkpoints/25 cannot be written: it needs about 0\.9"
+    ):
+        train_run(program, 0, run, checkpoint_every=CheckpointEvery(steps=25))
+    monkeypatch.undo()
+    assert sorted(path.name for path in (run / "checkpoints").iterdir()) == ["20", "23"]
+    train_run(program, 0, run)
+    assert_same_run(run)
 
 
 def test_metrics_are_those_of_the_checkpoint(program, run):
