@@ -116,8 +116,15 @@ def main(arguments: list[str] | None = None) -> int:
             for depth in args.depths
         ]
     configs = [config for planned in plan for config in planned.configs]
-    work = {str(run_directory(out, *run_key(config))): config for config in configs}
-    check_processes_agree({**work, "--checkpoint-every": asdict(args.checkpoint_every)})
+    check_processes_agree(
+        {
+            "--dry-run": args.dry_run,
+            "--deterministic": args.deterministic,
+            "--checkpoint-every": asdict(args.checkpoint_every),
+            "runs": [str(run_directory(out, *run_key(config))) for config in configs],
+            **{"-".join(map(str, run_key(config))): config for config in configs},
+        }
+    )
     if args.dry_run:
         check_study(out, definition, configs)
         print_plan(console, plan, dataset, recipe)

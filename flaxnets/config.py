@@ -29,8 +29,11 @@ def _is_text(value: Any) -> bool:
 
 
 def _is_name(value: Any) -> bool:
-    """Of a network, or `module:function`: what may be printed and drawn as it is."""
-    return isinstance(value, str) and re.fullmatch(r"[\w.:]{1,200}", value) is not None
+    """Of a network, or `module:function`: what may be printed and drawn as it is. No depth has
+    five digits: building such a network would take for ever."""
+    if not isinstance(value, str) or re.search(r"\d{5}", value):
+        return False
+    return re.fullmatch(r"[\w.:]{1,200}", value) is not None
 
 
 def _is_model(value: Any) -> bool:

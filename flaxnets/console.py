@@ -58,6 +58,7 @@ def run_command(main: Callable[[list[str] | None], int], arguments: list[str] | 
     # TFDS and Orbax tell of their own inner life; what goes wrong there is raised as well.
     absl_logging.set_verbosity(absl_logging.FATAL)
     logging.getLogger("asyncio").setLevel(logging.CRITICAL)
+    sys.unraisablehook = _show_unraisable
     warnings.filterwarnings("ignore", "coroutine .* was never awaited", RuntimeWarning)
     tfds.disable_progress_bar()
     warnings.showwarning = partial(_show_warning, set())
@@ -84,16 +85,28 @@ def run_command(main: Callable[[list[str] | None], int], arguments: list[str] | 
             "checkpoint",
             file=sys.stderr,
         )
-    if jax.distributed.is_initialized():
-        # An orderly end would wait for the others, which may be gone or wait for this one.
+    if arguments is None or jax.distributed.is_initialized():
+        # An orderly end would wait for other processes, which may be gone or wait for this one,
+        # and for Orbax's threads, which tell at length of what has just been said in a line.
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(1)
     return 1
 
 
+def _show_unraisable(event: Any) -> None:
+    """All but what Orbax's tasks say when their loop has ended with an error."""
+    if str(event.exc_value) != "Event loop is closed":
+        sys.__unraisablehook__(event)
+
+
 def _print_error(error: Exception | str) -> None:
-    print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+    print(f"error: {_one_line(error)}", file=sys.stderr)
+
+
+def _one_line(text: object) -> str:
+    """Without what could move a terminal's cursor: names in it may be a stranger's."""
+    return "".join(c if c.isprintable() else "?" for c in " ".join(str(text).split()))
 
 
 def _show_warning(
@@ -102,7 +115,7 @@ def _show_warning(
     """Damage in a line of its own, once; other warnings as Python shows them."""
     text = warnings.formatwarning(message, category, place[0], place[1])
     if issubclass(category, DamageWarning):
-        text = f"warning: {' '.join(str(message).split())}\n"
+        text = f"warning: {_one_line(message)}\n"
         if text in shown:
             return
         shown.add(text)

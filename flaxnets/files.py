@@ -2,6 +2,7 @@
 
 import errno
 import os
+import re
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -24,7 +25,8 @@ def write_atomic(path: Path, content: str | bytes) -> None:
         if path.is_dir():
             raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
         try:
-            with temporary.open("wb") as file:
+            temporary.unlink(missing_ok=True)  # never through a link, wherever it leads
+            with temporary.open("xb") as file:
                 file.write(data)
                 file.flush()
                 os.fsync(file.fileno())
@@ -53,14 +55,16 @@ def explained(path: Path, size: int) -> Iterator[None]:
         if reason is None:
             raise
         raise StorageError(
-            f"{path} cannot be written: {reason}; what was saved before is intact, "
-            "and the same command goes on from there"
+            f"{path} cannot be written: {reason}; what was saved before is intact, and the same "
+            "command goes on from there"
         ) from error
 
 
 def _reason(path: Path, size: int, error: BaseException | None) -> str | None:
     place = path.parent
     number = error.errno if isinstance(error, OSError) else None
+    if found := re.search(r"OS error (\d+)", str(error)):
+        number = int(found[1])
     if number in (errno.EACCES, errno.EPERM, errno.EROFS):
         return f"no permission to write in {place}"
     if not place.is_dir():
@@ -70,7 +74,7 @@ def _reason(path: Path, size: int, error: BaseException | None) -> str | None:
         return f"it needs about {megabytes(size)}, and {megabytes(free)} are free; make space"
     if not os.access(place, os.W_OK | os.X_OK):
         return f"no permission to write in {place}"
-    return error.strerror if isinstance(error, OSError) else None
+    return os.strerror(number) if number else None
 
 
 def megabytes(size: int) -> str:

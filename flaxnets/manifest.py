@@ -22,7 +22,7 @@ def find_damage(directory: Path) -> str | None:
     Nothing outside `directory` is read: links are damage.
     """
     if not (directory / MANIFEST).is_file() or (directory / MANIFEST).is_symlink():
-        return f"it has no {MANIFEST}, so it was never completed"
+        return f"it has no {MANIFEST}: it is being written, or was never completed"
     try:
         lines = (directory / MANIFEST).read_text(encoding="utf-8").splitlines()
     except UnicodeDecodeError:
@@ -45,10 +45,14 @@ def _files(directory: Path) -> dict[str, Path]:
     """All that is in `directory` but folders, by the path from there; links are not followed."""
     return {
         path.relative_to(directory).as_posix(): path
-        for folder, folders, names in os.walk(directory)
+        for folder, folders, names in os.walk(directory, onerror=_raise)
         for path in (Path(folder, name) for name in (*folders, *names))
         if (path.is_symlink() or not path.is_dir()) and path != directory / MANIFEST
     }
+
+
+def _raise(error: OSError) -> None:
+    raise error
 
 
 def _sha256(path: Path) -> str:

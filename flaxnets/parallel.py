@@ -66,7 +66,7 @@ def start_processes(address: str | None, count: int | None, index: int | None) -
       index: which one this is; 0 is the primary one.
 
     Raises:
-      InputError: no cluster was found.
+      InputError: no cluster was found, or the others cannot be reached.
     """
     try:
         jax.distributed.initialize(
@@ -81,6 +81,8 @@ def start_processes(address: str | None, count: int | None, index: int | None) -
             f"--distributed: no cluster was found ({error}); "
             "give --distributed HOST:PORT,PROCESSES,INDEX"
         ) from error
+    except RuntimeError as error:
+        raise InputError(f"--distributed: cannot join the other processes: {error}") from error
 
 
 def is_primary() -> bool:

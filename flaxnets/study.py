@@ -15,9 +15,10 @@ import json
 import math
 import os
 import socket
+import stat
 import statistics
 import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Container, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from importlib.metadata import version
@@ -138,7 +139,9 @@ def check_place(out: Path) -> None:
         existing = out
         while not existing.exists() and existing != existing.parent:
             existing = existing.parent
-        if not existing.is_dir() or out.is_symlink() > out.exists():
+        if out.is_symlink() and not out.exists():
+            raise InputError(f"--out {out} is a link that leads nowhere; give a directory")
+        if not existing.is_dir():
             raise InputError(f"--out {out}: {existing} is a file; give a directory")
         if not os.access(existing, os.W_OK | os.X_OK):
             raise InputError(f"--out {out}: {existing} cannot be written; give another directory")
@@ -166,8 +169,17 @@ def check_study(
     Raises:
       InputError: with what differs and a free name.
     """
-    runs = read_runs(out)
     definition, *configs = json.loads(json.dumps([definition, *configs]))
+    planned = {run_directory(out, *run_key(config)) for config in configs}
+    with refused_together():
+        runs = read_runs(out, planned) if is_primary() else []
+    if jax.process_count() > 1:
+        # One reads for all: a file that only some could read would set them apart.
+        text = json.dumps([[run.config, vars(run.result), run.saved] for run in runs])
+        runs = [
+            Run(config, RunResult.from_json(result), saved)
+            for config, result, saved in json.loads(gather_texts(text)[0])
+        ]
     stored = [{key: run.config.get(key) for key in definition} for run in runs if run.saved]
     study = _read_json(out / "study.json")
     if not stored and study is not None and isinstance(study.get("study"), dict):
@@ -202,7 +214,9 @@ def check_processes_agree(work: dict[str, Any]) -> None:
 def _read_json(path: Path) -> dict[str, Any] | None:
     """A JSON object, or None, with a warning, where there is something else; None for no file."""
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
+        # A link or a pipe would lead elsewhere, or nowhere ever.
+        regular = stat.S_ISREG(path.lstat().st_mode)
+        value = json.loads(path.read_text(encoding="utf-8")) if regular else None
     except FileNotFoundError:
         return None
     except (ValueError, RecursionError, OSError):
@@ -265,6 +279,7 @@ def open_study(
                 with explained(out / "study.json", 0):
                     out.mkdir(parents=True, exist_ok=True)
                 stack.enter_context(_lock(out))
+        _check_shared(out)
         runs = check_study(out, definition, configs)
         if is_primary():
             # A study may grow on another machine.
@@ -282,23 +297,44 @@ def open_study(
         yield runs
 
 
+def _lock_text() -> str:
+    return f"pid {os.getpid()} on {socket.gethostname()}"
+
+
 @contextmanager
 def _lock(out: Path) -> Iterator[None]:
-    with explained(out / ".lock", 0):
-        lock = (out / ".lock").open("ab+", buffering=0)
-    with lock:
+    path = out / ".lock"
+    with explained(path, 0):
+        number = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o666)
+    with open(number, "r+b", buffering=0) as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
-            lock.seek(0)
             raise InputError(
-                f"--out {out} is in use by another process ({lock.read().decode().strip()}); "
+                f"--out {out} is in use by another process ({lock.read().decode()}); "
                 "wait for it or give another directory"
             ) from error
-        with explained(out / ".lock", 0):
+        except OSError as error:
+            raise InputError(
+                f"--out {out} is on a file system without locks ({error.strerror}); "
+                "give a directory on another one"
+            ) from error
+        with explained(path, 0):
             lock.truncate(0)
-            lock.write(f"pid {os.getpid()} on {socket.gethostname()}\n".encode())
+            lock.write(_lock_text().encode())
         yield
+
+
+def _check_shared(out: Path) -> None:
+    """Refuse, in all processes, an `out` that is not the same directory for each."""
+    holder = gather_texts(_lock_text())[0]
+    with refused_together():
+        path = out / ".lock"
+        if not path.is_file() or path.read_text(encoding="utf-8") != holder:
+            raise InputError(
+                f"--out {out} is not the same directory for process {jax.process_index()} as for "
+                "process 0; give one on a file system that all processes share"
+            )
 
 
 def write_config(directory: Path, config: dict[str, Any]) -> None:
@@ -311,11 +347,14 @@ def write_config(directory: Path, config: dict[str, Any]) -> None:
         write_atomic(directory / "config.json", json.dumps(config, indent=2) + "\n")
 
 
-def read_runs(out: Path) -> list[Run]:
+def read_runs(out: Path, planned: Container[Path] = ()) -> list[Run]:
     """Every run in a study directory, in the order of kind, depth and seed.
 
     Each is read from its newest good checkpoint; damage is warned of. A directory that does not
     hold the run that its name says is warned of and left out.
+
+    Raises:
+      InputError: such a directory is one of the `planned` ones.
     """
     runs = []
     for directory in _runs(out):
@@ -335,6 +374,8 @@ def read_runs(out: Path) -> list[Run]:
                 if run_directory(out, *run_key(config)) != directory:
                     raise InputError(f"it is the run {' '.join(map(str, run_key(config)))}")
             except InputError as error:
+                if saved and directory in planned:
+                    raise InputError(f"{directory}: {error}; move it away") from error
                 warnings.warn(f"{directory} is left out: {error}", DamageWarning, stacklevel=2)
                 continue
         runs.append(Run(config, result, saved))

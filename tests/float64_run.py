@@ -56,7 +56,7 @@ result = train_run(
 print(f"{jax.process_count()} processes, {jax.device_count()} devices: {result.status}")
 like = create_state(model, program.optimizer, 0, (8, 8, 3), program.mesh)
 with Checkpoints(directory, read_only=True) as checkpoints:
-    state, _ = checkpoints.restore(like)
+    state = checkpoints.restore(like)
 assert state.params["conv1"]["kernel"].dtype == jnp.float64
 assert len(state.params["conv1"]["kernel"].sharding.device_set) == jax.device_count()
 if is_primary():

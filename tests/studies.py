@@ -18,10 +18,10 @@ ROOT = Path(__file__).parents[1]
 COMMAND = (sys.executable, ROOT / "experiments" / "degradation.py")
 
 
-def start(*command, **environment):
+def start(*command, place=ROOT, **environment):
     return subprocess.Popen(
         [*map(str, command)],
-        cwd=ROOT,
+        cwd=place,
         env={**os.environ, **environment},
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
@@ -66,7 +66,7 @@ def stored_state(directory):
         optimizer = recipe.optimizer(config["total_steps"], config["depth"])
         shape = tuple(config["preprocess"]["image_shape"])
         like = create_state(build_model(config), optimizer, 0, shape, data_mesh())
-        state, _ = checkpoints.restore(like)
+        state = checkpoints.restore(like)
     state = state.replace(key=jax.random.key_data(state.key))
     leaves = jax.tree_util.tree_flatten_with_path(state)[0]
     arrays = {jax.tree_util.keystr(path): np.asarray(leaf) for path, leaf in leaves}

@@ -2,6 +2,7 @@
 
 import csv
 import json
+import os
 import re
 import shutil
 import subprocess
@@ -338,6 +339,35 @@ def test_runs_in_the_wrong_place_are_left_out(study, command, tmp_path):
     assert status == 0
     assert f"{out}/backup/seed-0 is left out: it is the run plain 8 0" in err
     assert len(summary(out)) == 2
+
+
+def test_a_copied_run_is_not_taken_for_another_seed(study, command, tmp_path):
+    out = shutil.copytree(study.out, tmp_path / "out")
+    shutil.copytree(out / "plain-8" / "seed-0", out / "plain-8" / "seed-1")
+    before = states(out)
+    status, _, err = command(*study.arguments[:-1], str(out), "--seeds", "0,1")
+    assert status == 2
+    assert f"{out}/plain-8/seed-1: it is the run plain 8 0; move it away" in err
+    assert states(out) == before
+
+
+def test_links_in_a_study_lead_nowhere(study, command, tmp_path):
+    """Nothing is written through them, and a pipe is not waited for."""
+    out = shutil.copytree(study.out, tmp_path / "out")
+    victim = tmp_path / "victim"
+    victim.write_text("mine")
+    (out / ".study.json.tmp").symlink_to(victim)
+    (out / "study.json").unlink()
+    os.mkfifo(out / "study.json")
+    status, _, err = command(*study.arguments[:-1], str(out))
+    assert status == 0
+    assert f"{out}/study.json is damaged" in err
+    (out / ".lock").unlink()
+    (out / ".lock").symlink_to(victim)
+    status, _, err = command(*study.arguments[:-1], str(out))
+    assert status == 1
+    assert err.startswith(f"error: {out}/.lock cannot be written: ")
+    assert victim.read_text() == "mine"
 
 
 def test_a_network_of_ones_own_joins(study, command, tmp_path):

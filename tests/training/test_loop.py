@@ -120,7 +120,7 @@ def with_nan(program, directory, step):
     train_run(program, 0, directory / "good", *stop_at(step))
     state = create_state(program.model, program.optimizer, 0, program.image_shape, program.mesh)
     with Checkpoints(directory / "good") as checkpoints:
-        state, progress = checkpoints.restore(state)
+        state, progress = checkpoints.restore(state), checkpoints.read_progress()
     state.params["stage2_block1"]["conv1"]["kernel"] *= np.nan
     with Checkpoints(directory / "bad") as checkpoints:
         checkpoints.save(state, progress)
