@@ -14,7 +14,7 @@ from flaxnets.console import run_command
 from flaxnets.errors import StorageError
 from flaxnets.files import write_atomic
 from flaxnets.study import read_runs
-from tests.studies import finish
+from tests.studies import COMMAND, finish
 
 EVERY = ["--checkpoint-every", "5steps"]
 
@@ -53,8 +53,9 @@ def numbers(out):
 
 
 def test_a_full_disk(study, command, small_disk):
+    """In a process of its own, so that nothing is said on the way out either."""
     out = small_disk / "out"
-    status, err = command(out)
+    status, _, err = finish(*COMMAND, *study.arguments[:-4], *EVERY, "--out", out)
     assert status == 1
     assert err.startswith(f"error: {out}/plain-8/seed-0/checkpoints/")
     assert "cannot be written: it needs about 0.9 MB, and" in err
