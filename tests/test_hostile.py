@@ -15,6 +15,9 @@ from flaxnets.errors import DamageWarning
 from flaxnets.manifest import MANIFEST, write_manifest
 from flaxnets.study import check_study
 
+# Orbax's tasks go on for a moment after an error that has been raised.
+pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+
 HOSTILE = [
     "../../../../etc/passwd",
     "/etc/passwd",

@@ -16,6 +16,9 @@ from flaxnets.files import write_atomic
 from flaxnets.study import read_runs
 from tests.studies import COMMAND, finish
 
+# Orbax's tasks go on for a moment after an error that has been raised.
+pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+
 EVERY = ["--checkpoint-every", "5steps"]
 
 
