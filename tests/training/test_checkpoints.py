@@ -204,8 +204,10 @@ def test_replacing_a_checkpoint_keeps_it_until_the_new_one_is_whole(
         assert newest(tmp_path) == (28, "")
     # The moment between the two names, as a crash may leave it.
     (tmp_path / "checkpoints" / "28").rename(tmp_path / "checkpoints" / "28.replaced")
-    result = train_run(program, 0, tmp_path)
+    seen = []
+    result = train_run(program, 0, tmp_path, seen.append)
     assert result.status == "finished"
+    assert {progress.step for progress in seen} == {28}  # nothing was trained again
     assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["28"]
     assert_same_run(tmp_path)
 
