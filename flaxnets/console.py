@@ -122,9 +122,16 @@ def _show_warning(
     sys.stderr.write(text)
 
 
+class _PlainConsole(Console):
+    def on_broken_pipe(self) -> None:
+        """Nobody reads on (`| head`): work that takes hours goes on without a word."""
+        self.quiet = True
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
 def plain_console(quiet: bool = False) -> Console:
     """A console that prints text as it is, or nothing."""
-    console = Console(highlight=False, markup=False, emoji=False, quiet=quiet)
+    console = _PlainConsole(highlight=False, markup=False, emoji=False, quiet=quiet)
     if not console.is_terminal:
         console.width = 120  # a file or a pipe has no width of its own
     return console

@@ -10,6 +10,8 @@ from pathlib import Path
 
 from flaxnets.errors import StorageError
 
+INTACT = "what was saved before is intact, and the same command goes on from there"
+
 
 def write_atomic(path: Path, content: str | bytes) -> None:
     """Write `path` so that whoever reads it, at any time, finds the old content or all of the new.
@@ -54,10 +56,7 @@ def explained(path: Path, size: int) -> Iterator[None]:
         reason = _reason(path, size, cause)
         if reason is None:
             raise
-        raise StorageError(
-            f"{path} cannot be written: {reason}; what was saved before is intact, and the same "
-            "command goes on from there"
-        ) from error
+        raise StorageError(f"{path} cannot be written: {reason}") from error
 
 
 def _reason(path: Path, size: int, error: BaseException | None) -> str | None:
@@ -66,14 +65,15 @@ def _reason(path: Path, size: int, error: BaseException | None) -> str | None:
     if found := re.search(r"OS error (\d+)", str(error)):
         number = int(found[1])
     if number in (errno.EACCES, errno.EPERM, errno.EROFS):
-        return f"no permission to write in {place}"
+        return f"no permission to write in {place}; {INTACT}"
     if not place.is_dir():
         return f"the directory {place} is gone"
     free = shutil.disk_usage(place).free
     if number in (errno.ENOSPC, errno.EDQUOT) or free < size or "space left" in str(error):
-        return f"it needs about {megabytes(size)}, and {megabytes(free)} are free; make space"
+        needs = f"it needs about {megabytes(size)}, and {megabytes(free)} are free"
+        return f"{needs}; make space; {INTACT}"
     if not os.access(place, os.W_OK | os.X_OK):
-        return f"no permission to write in {place}"
+        return f"no permission to write in {place}; {INTACT}"
     return os.strerror(number) if number else None
 
 

@@ -12,8 +12,12 @@ MANIFEST = "manifest.sha256"
 
 def write_manifest(directory: Path) -> None:
     """Put down what is in `directory`."""
-    lines = [f"{_sha256(path)}  {name}\n" for name, path in sorted(_files(directory).items())]
-    write_atomic(directory / MANIFEST, "".join(lines))
+    digests = {name: _sha256(path) for name, path in _files(directory).items()}
+    write_atomic(directory / MANIFEST, _text(digests))
+
+
+def _text(digests: dict[str, str]) -> str:
+    return "".join(f"{digest}  {name}\n" for name, digest in sorted(digests.items()))
 
 
 def find_damage(directory: Path) -> str | None:
@@ -24,10 +28,11 @@ def find_damage(directory: Path) -> str | None:
     if not (directory / MANIFEST).is_file() or (directory / MANIFEST).is_symlink():
         return f"it has no {MANIFEST}: it is being written, or was never completed"
     try:
-        lines = (directory / MANIFEST).read_text(encoding="utf-8").splitlines()
+        text = (directory / MANIFEST).read_bytes().decode()
     except UnicodeDecodeError:
         return f"{MANIFEST} is damaged"
-    expected = {name: digest for digest, _, name in (line.partition("  ") for line in lines)}
+    lines = [line.partition("  ") for line in text.splitlines()]
+    expected = {name: digest for digest, _, name in lines}
     found = _files(directory)
     for name in sorted(expected.keys() | found.keys()):
         if name not in found:
@@ -38,7 +43,7 @@ def find_damage(directory: Path) -> str | None:
             return f"{name} is not a file"
         if _sha256(found[name]) != expected[name]:
             return f"{name} has been changed"
-    return None
+    return None if text == _text(expected) else f"{MANIFEST} is damaged"
 
 
 def _files(directory: Path) -> dict[str, Path]:

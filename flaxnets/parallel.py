@@ -68,6 +68,8 @@ def start_processes(address: str | None, count: int | None, index: int | None) -
     Raises:
       InputError: no cluster was found, or the others cannot be reached.
     """
+    # It would take SIGTERM for itself before the work begins, and do nothing with it.
+    jax.config.update("jax_enable_preemption_service", False)
     try:
         jax.distributed.initialize(
             address,

@@ -69,14 +69,18 @@ def restore(path: str | Path, build: Build | None = None) -> Restored:
       InputError: `path` is not a run directory, has no good checkpoint, or needs `build`.
     """
     path = Path(path)
-    with Checkpoints(path, read_only=True) as checkpoints:
-        if checkpoints.step is None:
-            raise InputError(_why_nothing(path, checkpoints.damage))
-        checkpoints.warn_of_damage("")
-        try:
-            return _restore(checkpoints, build)
-        except InputError as error:
-            raise InputError(f"checkpoint {checkpoints.step} of {path}: {error}") from error
+    while True:
+        with Checkpoints(path, read_only=True) as checkpoints:
+            if checkpoints.step is None:
+                raise InputError(_why_nothing(path, checkpoints.damage))
+            checkpoints.warn_of_damage("")
+            try:
+                return _restore(checkpoints, build)
+            except InputError as error:
+                # A run that goes on has replaced it by a newer one meanwhile.
+                if (checkpoints.directory / str(checkpoints.step)).exists():
+                    message = f"checkpoint {checkpoints.step} of {path}: {error}"
+                    raise InputError(message) from error
 
 
 def _restore(checkpoints: Checkpoints, build: Build | None) -> Restored:

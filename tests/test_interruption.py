@@ -125,6 +125,18 @@ def test_a_second_signal_leaves_at_once(arguments, uninterrupted, tmp_path):
     assert_same_study(out, uninterrupted)
 
 
+def test_output_that_nobody_reads_on(arguments, uninterrupted, tmp_path):
+    """As `| head -1` has it."""
+    out = tmp_path / "out"
+    process = start(*COMMAND, *arguments, "--out", out)
+    process.stdout.readline()
+    process.stdout.close()
+    process.stdout = None
+    process.communicate(timeout=300)
+    assert process.returncode == 0
+    assert_same_study(out, uninterrupted)
+
+
 def test_one_process_at_a_time(data_dir, tmp_path):
     """The second is refused with the first one's name; a killed one holds nothing."""
     out = tmp_path / "out"

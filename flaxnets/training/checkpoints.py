@@ -8,6 +8,7 @@ written last: a directory without one is no checkpoint, and one that differs fro
 
 import json
 import os
+import re
 import shutil
 import warnings
 from collections.abc import Iterator
@@ -193,15 +194,15 @@ class Checkpoints:
 
     def read_progress(self) -> Any:
         """The newest good checkpoint's record of the run."""
-        return self._read_json("progress")
+        return self._read_json("progress", self.step)
 
     def read_config(self) -> Any:
         """The newest good checkpoint's copy of config.json."""
-        return self._read_json("config")
+        return self._read_json("config", self.step)
 
-    def _read_json(self, item: str) -> Any:
+    def _read_json(self, item: str, step: int | None) -> Any:
         # Orbax's own reading of them waits for all processes.
-        path = self.directory / str(self.step) / item / "metadata"
+        path = self.directory / str(step) / item / "metadata"
         try:
             return json.loads(path.read_text(encoding="utf-8"))
         except (OSError, ValueError, RecursionError) as error:
@@ -219,13 +220,20 @@ class Checkpoints:
         damage = []
         try:
             for step in reversed(self._steps()):
-                reason = find_damage(self.directory / str(step))
+                reason = find_damage(self.directory / str(step)) or self._misnamed(step)
                 if reason is None:
                     return step, damage
                 damage.append(f"checkpoint {step} of {self.directory.parent} is damaged ({reason})")
         except OSError as error:
             raise InputError(f"{self.directory} cannot be read: {error}") from error
         return None, damage
+
+    def _misnamed(self, step: int) -> str | None:
+        progress = self._read_json("progress", step)
+        recorded = progress.get("step") if isinstance(progress, dict) else None
+        if type(recorded) is not int or recorded < 0 or recorded == step:
+            return None
+        return f"it is that of step {recorded}"
 
     def _steps(self) -> list[int]:
         """The steps of all checkpoints, good or not, in order."""
@@ -265,7 +273,7 @@ class Checkpoints:
 
 def _is_checkpoint(path: Path) -> bool:
     """Whether it is named by a step and by the look of it a checkpoint, good or not."""
-    if not path.name.isdecimal() or len(path.name) > 18 or path.is_symlink() or not path.is_dir():
+    if not re.fullmatch(r"0|[1-9][0-9]{0,17}", path.name) or path.is_symlink() or not path.is_dir():
         return False
     names = {child.name for child in path.iterdir()}
     return not names or bool(names & {MANIFEST, "_CHECKPOINT_METADATA", "variables", "training"})

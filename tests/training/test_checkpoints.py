@@ -108,6 +108,29 @@ def test_what_does_not_belong_is_damage(run, tmp_path):
     assert find_damage(checkpoint) == "training/more does not belong to it"
 
 
+def test_every_character_of_the_manifest_counts(run):
+    checkpoint = run / "checkpoints" / "23"
+    text = (checkpoint / MANIFEST).read_text()
+    for changed in (
+        text[:-1],
+        text.replace("\n", "\v", 1),
+        text + "\n",
+        text.replace("\n", "\r\n"),
+    ):
+        (checkpoint / MANIFEST).write_bytes(changed.encode())
+        assert find_damage(checkpoint) is not None
+
+
+def test_a_checkpoint_under_another_name_is_damage(run):
+    (run / "checkpoints" / "23").rename(run / "checkpoints" / "999")
+    step, damage = newest(run)
+    assert step == 20
+    assert "checkpoint 999" in damage
+    assert "it is that of step 23" in damage
+    (run / "checkpoints" / "999").rename(run / "checkpoints" / "023")
+    assert newest(run) == (20, "")
+
+
 def test_sha256sum_reads_the_manifest(run):
     lines = (run / "checkpoints" / "23" / MANIFEST).read_text().splitlines()
     assert all(len(line.split("  ")[0]) == 64 for line in lines)
