@@ -1,4 +1,4 @@
-"""What tests of many networks share; compilation is most of their time."""
+"""What tests of many networks and runs share; compilation is most of their time."""
 
 from functools import partial
 from typing import Any
@@ -43,3 +43,13 @@ def relative_error(ours: Any, theirs: Any) -> float:
     theirs = np.asarray(theirs)
     assert np.shape(ours) == theirs.shape
     return float(np.abs(np.asarray(ours) - theirs).max() / np.abs(theirs).max())
+
+
+def stop_at(step):
+    """`on_progress` and `stop` of a run that is to stop at `step`."""
+    reached = [0]
+
+    def on_progress(progress):
+        reached[0] = progress.step
+
+    return on_progress, lambda: reached[0] >= step

@@ -11,21 +11,14 @@ import pytest
 from flaxnets.errors import DamageWarning, InputError, StorageError
 from flaxnets.manifest import MANIFEST, find_damage, write_manifest
 from flaxnets.training import CheckpointEvery, Checkpoints, train_run
+from tests.helpers import stop_at
 
 
 @pytest.fixture(scope="module")
 def stopped(program, tmp_path_factory):
     """A run stopped at step 23 that has the checkpoints 20 and 23. Not to be changed."""
     directory = tmp_path_factory.mktemp("stopped")
-    steps = []
-    train_run(
-        program,
-        0,
-        directory,
-        lambda progress: steps.append(progress.step),
-        lambda: bool(steps) and steps[-1] >= 23,
-        CheckpointEvery(steps=5),
-    )
+    train_run(program, 0, directory, *stop_at(23), CheckpointEvery(steps=5))
     return directory
 
 
@@ -200,28 +193,15 @@ def test_replacing_a_checkpoint_keeps_it_until_the_new_one_is_whole(
     program, assert_same_run, tmp_path, monkeypatch
 ):
     """Stopped in the last step, before its epoch was measured: the same step is saved twice."""
-    steps = []
-    train_run(
-        program,
-        0,
-        tmp_path,
-        lambda progress: steps.append(progress.step),
-        lambda: bool(steps) and steps[-1] >= 28,
-    )
+    train_run(program, 0, tmp_path, *stop_at(28))
     assert newest(tmp_path) == (28, "")
 
     def fail(*_):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    for owner, name in (
-        (Checkpoints, "_complete"),
-        ("flaxnets.training.checkpoints", "write_manifest"),
-    ):
+    for name in ("Checkpoints._complete", "write_manifest"):
         with monkeypatch.context() as patch:
-            if isinstance(owner, str):
-                patch.setattr(f"{owner}.{name}", fail)
-            else:
-                patch.setattr(owner, name, fail)
+            patch.setattr(f"flaxnets.training.checkpoints.{name}", fail)
             with pytest.raises(OSError, match="space"):
                 train_run(program, 0, tmp_path)
         assert newest(tmp_path) == (28, "")
@@ -252,8 +232,7 @@ def test_damaged_checkpoints_are_set_aside_and_nothing_else_is_touched(program, 
 
 
 def test_the_run_of_another_config_is_refused(program, tmp_path):
-    seen = []
-    train_run(program, 0, tmp_path, seen.append, lambda: bool(seen), config={"seed": 0})
+    train_run(program, 0, tmp_path, *stop_at(1), config={"seed": 0})
     with pytest.raises(InputError, match="holds another run; move it away"):
         train_run(program, 1, tmp_path, config={"seed": 1})
 

@@ -16,22 +16,13 @@ from flaxnets.training import (
     train_run,
 )
 from flaxnets.training.loop import METRICS
+from tests.helpers import stop_at
 
 
 def metrics(directory):
     """`metrics.csv` without the seconds."""
     with (directory / "metrics.csv").open() as file:
         return [{k: v for k, v in row.items() if k != "seconds"} for row in csv.DictReader(file)]
-
-
-def stop_at(step):
-    """`on_progress` and `stop` of a run that is to stop at `step`."""
-    reached = [0]
-
-    def on_progress(progress):
-        reached[0] = progress.step
-
-    return on_progress, lambda: reached[0] >= step
 
 
 def read_result(directory):
