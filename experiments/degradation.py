@@ -15,7 +15,9 @@ import os
 import shlex
 import sys
 from collections.abc import Callable
+from contextlib import closing
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -42,6 +44,7 @@ from flaxnets.console import (
 from flaxnets.data import Dataset, find_dataset, load_dataset
 from flaxnets.errors import InputError
 from flaxnets.figures import draw_errors
+from flaxnets.memory import keep_memory
 from flaxnets.models.cost import Cost, count_cost
 from flaxnets.models.resnet import IMAGENET_STAGES, ResNet
 from flaxnets.parallel import (
@@ -74,6 +77,7 @@ from flaxnets.training import (
     Progress,
     Recipe,
     RunResult,
+    compiled_ahead,
     train_run,
 )
 from flaxnets.training.estimate import measure_speed
@@ -94,6 +98,7 @@ class Planned:
 
 def main(arguments: list[str] | None = None) -> int:
     args = parse_arguments(arguments)
+    keep_memory()
     if args.deterministic:
         make_deterministic()
     if args.distributed is not None:
@@ -170,8 +175,19 @@ def train_study(
     """Train whatever is not finished yet, one run after another, and give all runs there are."""
     mesh = data_mesh()
     known = {run.key: run for run in runs}
+
+    def is_over(config: dict[str, Any]) -> bool:
+        run = known.get(run_key(config))
+        return run is not None and run.result.status != "unfinished"
+
+    programs = compiled_ahead(
+        partial(Program.create, planned.model, planned.depth, recipe, dataset, mesh)
+        for planned in plan
+        if not all(map(is_over, planned.configs))
+    )
+    examples = len(dataset.train.labels)
     work = [float(planned.cost.work) for planned in plan for _ in planned.configs]
-    with StudyProgress(console, work) as progress:
+    with StudyProgress(console, work) as progress, closing(programs):
 
         def on_progress(now: Progress) -> None:
             interruption.unsaved = True
@@ -182,21 +198,21 @@ def train_study(
             for config in planned.configs:
                 if interruption.requested():
                     break
-                key = run_key(config)
-                if key in known and known[key].result.status != "unfinished":
+                if is_over(config):
                     progress.skip_run()
                     continue
-                directory = run_directory(out, *key)
+                directory = run_directory(out, *run_key(config))
                 write_config(directory, config)
-                program = program or Program.create(
-                    planned.model, planned.depth, recipe, dataset, mesh
-                )
                 name = f"{planned.kind}-{planned.depth} seed {config['seed']}"
                 progress.start_run(
-                    name, program.total_steps, program.steps_per_epoch, recipe.batch_size
+                    name,
+                    recipe.total_steps(examples),
+                    examples // recipe.batch_size,
+                    recipe.batch_size,
                 )
                 # Compiling takes long, cannot be interrupted, and has nothing to lose.
                 interruption.unsaved = False
+                program = program or next(programs)
                 result = train_run(
                     program,
                     config["seed"],
@@ -208,7 +224,7 @@ def train_study(
                 )
                 interruption.unsaved = True
                 progress.end_run(f"{name}: {describe(result)}")
-                known[key] = Run(config, result)
+                known[run_key(config)] = Run(config, result)
                 write_summary(out, sort_runs(known.values()))
     return sort_runs(known.values())
 

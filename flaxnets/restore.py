@@ -13,6 +13,7 @@ from flaxnets.config import DTYPES, check_config
 from flaxnets.data.batches import Preprocess
 from flaxnets.errors import InputError
 from flaxnets.models import create_model
+from flaxnets.models.stacking import unscanned
 from flaxnets.parallel import data_mesh, replicated
 from flaxnets.training.checkpoints import Checkpoints
 
@@ -90,7 +91,7 @@ def _restore(checkpoints: Checkpoints, build: Build | None) -> Restored:
     images = jax.ShapeDtypeStruct((1, *preprocess.image_shape), jnp.float32)
     sharding = replicated(data_mesh())
     try:
-        model = build_model(config, build)
+        model = unscanned(build_model(config, build))
         shapes = jax.eval_shape(lambda x: model.init(jax.random.key(0), x, train=False), images)
     except InputError:
         raise

@@ -23,6 +23,7 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from flaxnets.errors import InputError
 from flaxnets.files import write_atomic
 from flaxnets.models import create_model, published_image_shape
+from flaxnets.models.stacking import is_scanned, stack_blocks, unscanned, unstack_blocks
 from flaxnets.models.vgg import VGGS
 
 LEAVES = {
@@ -91,7 +92,7 @@ def load_torch(
     if classes is ...:
         classes = old_classes
     model: Any = create_model(name, classes, **overrides)
-    entries = _entries(model, layout, _image_shape(name, stem.shape[1]))
+    entries = _entries(unscanned(model), layout, _image_shape(name, stem.shape[1]))
 
     replaced = classes is not None and classes != old_classes
     problems, found, used = [], {}, set()
@@ -116,7 +117,7 @@ def load_torch(
     variables = unflatten_dict(found)
     if replaced:
         variables["params"]["head"] = _new_head(model, _image_shape(name, stem.shape[1]))
-    return model, variables
+    return model, stack_blocks(variables) if is_scanned(model) else variables
 
 
 def save_torch(
@@ -143,6 +144,7 @@ def save_torch(
         raise InputError(f"weights are written as .safetensors, not {path.name!r}")
     if path.is_dir() or not path.parent.is_dir():
         raise InputError(f"{path} cannot be written: give a file in a directory that exists")
+    variables = unstack_blocks(variables)
     leaves: Any = flatten_dict(dict(variables)) if isinstance(variables, Mapping) else {}
     shapes = {path: np.shape(leaf) for path, leaf in leaves.items()}
     stem = shapes.get(("params", _stem(name), "kernel"), ())
@@ -150,7 +152,7 @@ def save_torch(
     if len(stem) != 4:
         raise InputError(f"these are not variables of {name}: no params/{_stem(name)}/kernel")
     overrides["num_classes"] = head[0] if head else None
-    model = create_model(name, **overrides)
+    model = unscanned(create_model(name, **overrides))
     entries = _entries(model, layout, _image_shape(name, stem[2]))
 
     problems, tensors = [], {}

@@ -7,6 +7,8 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from flaxnets.models.stacking import unscanned
+
 
 class Cost(NamedTuple):
     """Trainable parameters, and multiply-adds of one image's forward pass.
@@ -48,7 +50,7 @@ def list_layers(model: nn.Module, image_shape: tuple[int, ...]) -> list[LayerCos
 
 def list_modules(model: nn.Module, image_shape: tuple[int, ...]) -> list[LayerCost]:
     """As `list_layers`, and the blocks: each after its layers."""
-    return _trace(model, image_shape)[0]
+    return _trace(unscanned(model), image_shape)[0]
 
 
 def count_cost(model: nn.Module, image_shape: tuple[int, ...], num_classes: int) -> Cost:
@@ -57,6 +59,7 @@ def count_cost(model: nn.Module, image_shape: tuple[int, ...], num_classes: int)
     Raises:
       ValueError: the output is not logits `(batch, num_classes)`, in training mode or out of it.
     """
+    model = unscanned(model)
     layers, logits, variables = _trace(model, image_shape)
     key, images = jax.random.key(0), jax.ShapeDtypeStruct((1, *image_shape), jnp.float32)
     trained = jax.eval_shape(

@@ -143,6 +143,9 @@ class ResNet(nn.Module):
         arXiv:1706.02677, section 5.1), so that residual blocks start as identities; version 1 only.
       remat: compute a block's activations again in the backward pass instead of keeping them; less
         memory for a third more computation.
+      scan_blocks: compile the blocks of a stage after its first as one that is run repeatedly, so
+        that compilation does not take longer for deeper networks. Their parameters are stacked: see
+        `flaxnets.models.stacking`.
       conv, norm, head: the layers. `conv(filters, size, stride)`, as in `flaxnets.models.layers`.
       shortcut_norm, activated_stages, bottleneck_filters: how the Keras guide's networks differ;
         see `keras_resnet`.
@@ -160,6 +163,7 @@ class ResNet(nn.Module):
     stride_in_3x3: bool = True
     zero_init_last_scale: bool = False
     remat: bool = False
+    scan_blocks: bool = False
     conv: Layer = conv
     norm: Layer = batch_norm
     head: Layer = dense
@@ -196,9 +200,12 @@ class ResNet(nn.Module):
         if self.stem == "imagenet":
             x = max_pool(x, 3, 2, padding=1)
         for i, blocks in enumerate(self.stage_sizes, 1):
-            for j in range(1, blocks + 1):
-                stride = 2 if i > 1 and j == 1 else 1
-                x = self._block(i, j, stride, conv, norm)(x)
+            x = self._block(i, 1, 2 if i > 1 else 1, conv, norm)(x)
+            if self.scan_blocks and blocks > 1:
+                x = repeat(self._block(i, "s", 1, conv, norm), x, blocks - 1)
+            else:
+                for j in range(2, blocks + 1):
+                    x = self._block(i, j, 1, conv, norm)(x)
             self.sow("intermediates", "stages", x)
         if self.preactivation:
             x = relu(norm(name="last_bn")(x))
@@ -207,7 +214,9 @@ class ResNet(nn.Module):
             return x
         return self.head(self.num_classes, name="head", **types)(x)
 
-    def _block(self, stage: int, block: int, stride: int, conv: Layer, norm: Layer) -> nn.Module:
+    def _block(
+        self, stage: int, block: int | Literal["s"], stride: int, conv: Layer, norm: Layer
+    ) -> nn.Module:
         filters = self.width * 2 ** (stage - 1)
         if self.block == "basic":
             layers = ((filters, 3, stride), (filters, 3, 1))
@@ -235,6 +244,17 @@ class ResNet(nn.Module):
             settings["last_scale_init"] = zeros if self.zero_init_last_scale else ones
             settings["shortcut_norm"] = self.shortcut_norm
         return (nn.remat(block_class) if self.remat else block_class)(**settings)
+
+
+def repeat(block: nn.Module, x: jax.Array, times: int) -> jax.Array:
+    """Apply copies of `block`, each with its own slice of the parameters, one after the other."""
+    scan = nn.scan(
+        lambda block, x, _: (block(x), None),
+        variable_axes={"params": 0, "batch_stats": 0},
+        split_rngs={"params": True},
+        length=times,
+    )
+    return scan(block, x, None)[0]
 
 
 def cifar_stage_sizes(depth: int) -> tuple[int, int, int]:

@@ -23,6 +23,7 @@ import orbax.checkpoint as ocp
 from flaxnets.errors import DamageWarning, InputError, StorageError
 from flaxnets.files import explained
 from flaxnets.manifest import MANIFEST, find_damage, write_manifest
+from flaxnets.models.stacking import stack_blocks, unstack_blocks
 from flaxnets.parallel import greatest, is_primary
 from flaxnets.training.steps import TrainState
 
@@ -96,6 +97,7 @@ class Checkpoints:
           StorageError: this one, or the one before, cannot be written.
         """
         step = int(state.step)
+        state = unstack_blocks(state)
         training = {
             "step": state.step,
             "key": state.key,
@@ -175,7 +177,8 @@ class Checkpoints:
 
     def restore(self, like: TrainState) -> TrainState:
         """The newest good state, on the devices and of the shapes of `like`."""
-        abstract = jax.tree.map(ocp.utils.to_shape_dtype_struct, like)
+        one_by_one = unstack_blocks(like)
+        abstract = jax.tree.map(ocp.utils.to_shape_dtype_struct, one_by_one)
         training = {
             "step": abstract.step,
             "key": abstract.key,
@@ -186,7 +189,8 @@ class Checkpoints:
             variables=ocp.args.StandardRestore(abstract.variables),
             training=ocp.args.StandardRestore(training),
         )
-        return TrainState(**restored.variables, **restored.training)
+        state = TrainState(**restored.variables, **restored.training)
+        return state if one_by_one is like else stack_blocks(state)
 
     def restore_variables(self, like: dict[str, Any]) -> dict[str, Any]:
         """The newest good `params` and `batch_stats`, on the devices of `like`."""

@@ -13,6 +13,7 @@ from jax.sharding import Mesh
 
 from flaxnets.data.batches import Augmentation, Preprocess, batch_indices
 from flaxnets.data.datasets import Split
+from flaxnets.models.stacking import is_scanned, stack_blocks, unscanned
 from flaxnets.parallel import replicate, replicated, split_batch
 
 
@@ -66,8 +67,9 @@ def init_variables(model: nn.Module, key: jax.Array, image_shape: tuple[int, ...
     images = jax.ShapeDtypeStruct((1, *image_shape), jnp.float32)
     # In training mode: with running statistics, which are known, normalisation would be computed.
     keys = {"params": key, "dropout": key}
-    variables = model.lazy_init(keys, images, train=True)
-    return {"params": variables["params"], "batch_stats": variables.get("batch_stats", {})}
+    variables = unscanned(model).lazy_init(keys, images, train=True)
+    variables = {"params": variables["params"], "batch_stats": variables.get("batch_stats", {})}
+    return stack_blocks(variables) if is_scanned(model) else variables
 
 
 def create_state(
@@ -104,7 +106,7 @@ def make_train_step(
     augmentation: Augmentation | None,
     batch_size: int,
     mesh: Mesh,
-) -> Callable[[TrainState, Split, jax.Array], tuple[TrainState, jax.Array]]:
+) -> jax.stages.Wrapped:
     """The jitted `train_step(state, split, order) -> (state, loss)`.
 
     `split` is the training split and `order` the current epoch's `epoch_order`, both replicated on
@@ -175,9 +177,7 @@ def count_errors(logits: jax.Array, labels: jax.Array) -> jax.Array:
     return (wrong | jnp.isnan(logits).any(axis=-1)).astype(jnp.int32)
 
 
-def make_eval_step(
-    model: nn.Module, preprocess: Preprocess, mesh: Mesh
-) -> Callable[[dict, Split, jax.Array], tuple[jax.Array, jax.Array]]:
+def make_eval_step(model: nn.Module, preprocess: Preprocess, mesh: Mesh) -> jax.stages.Wrapped:
     """The jitted `eval_step(variables, batch, weights) -> (loss_sum, errors)`, in evaluation mode.
 
     `weights` `(batch,)` is 1 for an example that counts and 0 for padding.
@@ -195,7 +195,9 @@ def make_eval_step(
 
 
 @partial(jax.jit, static_argnames="batch_size")
-def _padded_batch(split: Split, start: jax.Array, batch_size: int) -> tuple[Split, jax.Array]:
+def padded_batch(split: Split, start: jax.Array | int, batch_size: int) -> tuple[Split, jax.Array]:
+    """The `batch_size` examples from `start` on, and which of them count, bool `(batch_size,)`:
+    those beyond the end of the split are its last one again, and do not."""
     indices = start + jnp.arange(batch_size)
     counts = indices < len(split.labels)
     indices = jnp.minimum(indices, len(split.labels) - 1)
@@ -218,7 +220,7 @@ def evaluate(
         if stop():
             return None
         # Cut out here, not in `eval_step`: one compilation then serves splits of every size.
-        totals.append(eval_step(variables, *_padded_batch(split, start, batch_size)))
+        totals.append(eval_step(variables, *padded_batch(split, start, batch_size)))
         jax.block_until_ready(totals[-2:-1])  # so that `stop` is heard in time
     losses, errors = zip(*jax.device_get(totals), strict=True)
     count = len(split.labels)
