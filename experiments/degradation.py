@@ -14,10 +14,10 @@ import math
 import os
 import shlex
 import sys
+import threading
 from collections.abc import Callable
-from contextlib import closing
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import asdict, dataclass, replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +30,7 @@ from flaxnets.config import DTYPES
 from flaxnets.console import (
     ArgumentParser,
     Interruption,
+    RunProgress,
     StudyProgress,
     check_choice,
     checkpoint_every,
@@ -77,7 +78,6 @@ from flaxnets.training import (
     Progress,
     Recipe,
     RunResult,
-    compiled_ahead,
     train_run,
 )
 from flaxnets.training.estimate import measure_speed
@@ -139,7 +139,15 @@ def main(arguments: list[str] | None = None) -> int:
     command = shlex.join(["python", *sys.argv]) if arguments is None else "the same command"
     with Interruption(command) as interruption, open_study(out, definition, configs) as runs:
         runs = train_study(
-            console, plan, dataset, recipe, out, runs, args.checkpoint_every, interruption
+            console,
+            plan,
+            dataset,
+            recipe,
+            out,
+            runs,
+            args.checkpoint_every,
+            args.workers or default_workers(),
+            interruption,
         )
 
         # The table and the figure, of all that the directory holds.
@@ -170,63 +178,78 @@ def train_study(
     out: Path,
     runs: list[Run],
     checkpoint_every: CheckpointEvery,
+    workers: int,
     interruption: Interruption,
 ) -> list[Run]:
-    """Train whatever is not finished yet, one run after another, and give all runs there are."""
+    """Train what is not finished yet, `workers` networks at a time, and give all runs there are.
+
+    Workers are threads: the device is busy with one network while another is compiled or leaves
+    cores free. Each run is bit for bit what it is alone.
+    """
     mesh = data_mesh()
     known = {run.key: run for run in runs}
-
-    def is_over(config: dict[str, Any]) -> bool:
-        run = known.get(run_key(config))
-        return run is not None and run.result.status != "unfinished"
-
-    programs = compiled_ahead(
-        partial(Program.create, planned.model, planned.depth, recipe, dataset, mesh)
+    unfinished = [
+        (planned, config)
         for planned in plan
-        if not all(map(is_over, planned.configs))
-    )
+        for config in planned.configs
+        if run_key(config) not in known or known[run_key(config)].result.status == "unfinished"
+    ]
     examples = len(dataset.train.labels)
-    work = [float(planned.cost.work) for planned in plan for _ in planned.configs]
-    with StudyProgress(console, work) as progress, closing(programs):
+    total_steps, batch_size = recipe.total_steps(examples), recipe.batch_size
+    finished = sum(len(planned.configs) for planned in plan) - len(unfinished)
+    work = sum(float(planned.cost.work) for planned, _ in unfinished)
+    failed, writing = threading.Event(), threading.Lock()
 
-        def on_progress(now: Progress) -> None:
-            interruption.unsaved = True
-            progress.update(now)
+    def stop() -> bool:
+        return failed.is_set() or interruption.requested()
 
-        for planned in plan:
-            program = None
-            for config in planned.configs:
-                if interruption.requested():
-                    break
-                if is_over(config):
-                    progress.skip_run()
-                    continue
-                directory = run_directory(out, *run_key(config))
-                write_config(directory, config)
-                name = f"{planned.kind}-{planned.depth} seed {config['seed']}"
-                progress.start_run(
-                    name,
-                    recipe.total_steps(examples),
-                    examples // recipe.batch_size,
-                    recipe.batch_size,
-                )
-                # Compiling takes long, cannot be interrupted, and has nothing to lose.
-                interruption.unsaved = False
-                program = program or next(programs)
-                result = train_run(
-                    program,
-                    config["seed"],
-                    directory,
-                    on_progress,
-                    interruption.requested,
-                    checkpoint_every,
-                    config,
-                )
-                interruption.unsaved = True
-                progress.end_run(f"{name}: {describe(result)}")
+    def train(planned: Planned) -> None:
+        configs = [config for other, config in unfinished if other is planned]
+        program = None
+        for config in configs:
+            if stop():
+                return
+            directory = run_directory(out, *run_key(config))
+            write_config(directory, config)
+            name = f"{planned.kind}-{planned.depth} seed {config['seed']}"
+            run = progress.start_run(
+                name, planned.cost.work, total_steps, examples // batch_size, batch_size
+            )
+
+            def on_progress(now: Progress, run: RunProgress = run) -> None:
+                interruption.unsaved.add(run)
+                run.update(now)
+
+            # Until its first step it compiles, which takes long and has nothing to lose.
+            program = program or Program.create(planned.model, planned.depth, recipe, dataset, mesh)
+            result = train_run(
+                program, config["seed"], directory, on_progress, stop, checkpoint_every, config
+            )
+            interruption.unsaved.add(run)
+            with writing:
+                run.end(f"{name}: {describe(result)}")
                 known[run_key(config)] = Run(config, result)
                 write_summary(out, sort_runs(known.values()))
+            interruption.unsaved.discard(run)
+
+    with (
+        StudyProgress(console, finished, len(unfinished), work) as progress,
+        ThreadPoolExecutor(workers) as pool,
+    ):
+        running = [pool.submit(train, planned) for planned in plan]
+        for future in as_completed(running):
+            if future.exception() is not None:
+                failed.set()  # the others save what they have
+        for future in running:
+            future.result()
+    interruption.unsaved.add("the table and the figure")
     return sort_runs(known.values())
+
+
+def default_workers() -> int:
+    """Two on a CPU, whose cores small networks do not fill; one on what is faster, and where
+    several processes have to do the same at the same time."""
+    return 2 if jax.default_backend() == "cpu" and jax.device_count() == 1 else 1
 
 
 def describe(result: RunResult) -> str:
@@ -273,6 +296,11 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
         help="save a run so often, such as 500s or 2000steps (default: %(default)s)",
     )
     add(
+        "--workers",
+        type=positive(int),
+        help="networks to train at a time, with the same results (default: 2 on a CPU, else 1)",
+    )
+    add(
         "--deterministic",
         action="store_true",
         help="on a GPU, only algorithms that give the same bits each time",
@@ -313,6 +341,8 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
     check_depths(args.depths, args.family)
     if min(args.seeds) < 0 or max(args.seeds) >= 2**31:
         raise InputError("--seeds must be from 0 to 2147483647")
+    if args.workers and args.workers > 1 and args.distributed is not None:
+        raise InputError("--workers is for one process: with --distributed, leave it out")
     args.depths.sort()
     return args
 

@@ -207,12 +207,12 @@ class Interruption:
     compiling a network is one long call.
 
     Attributes:
-      unsaved: whether there is something to save; set by whoever does the work. While there is not,
-        the first signal leaves at once too.
+      unsaved: what there is to save, added and discarded by whoever does the work. While there is
+        nothing, the first signal leaves at once too.
     """
 
     def __init__(self, command: str) -> None:
-        self.unsaved = True
+        self.unsaved: set[Any] = set()
         self.signal: int | None = None
         self._command = command
         self._agreed: int | None = None
@@ -282,112 +282,160 @@ def duration(seconds: float) -> str:
 
 
 class StudyProgress:
-    """Live progress of a study: three lines on a terminal, else a line now and then.
+    """Live progress of a study: two lines a run on a terminal, else a line now and then.
 
-    `work` is what each run costs, in any one unit; the time left is told from it.
+    `finished` runs were there before, and `work` is what the `unfinished` ones cost in all, in any
+    one unit; the time left is told from it.
     """
 
     SECONDS_BETWEEN_LINES = 10
 
-    def __init__(self, console: Console, work: list[float]) -> None:
-        self._console = console
+    def __init__(self, console: Console, finished: int, unfinished: int, work: float) -> None:
+        self.console = console
+        self.total, self._begun = finished + unfinished, finished
+        self._work, self._work_done = work, 0.0
+        self._runs: list[RunProgress] = []
         self._live = Live(console=console, auto_refresh=False, transient=True)
-        self._work, self._work_done, self._finished = work, 0.0, 0
-        self._seconds_spent = 0.0
-        self._last_shown = 0.0
+        self._started = time.perf_counter()
+        self.lock = threading.RLock()
 
     def __enter__(self) -> "StudyProgress":
-        if self._console.is_terminal:
+        if self.console.is_terminal:
             self._live.start()
         return self
 
     def __exit__(self, *_: object) -> None:
-        if self._console.is_terminal:
+        if self.console.is_terminal:
             self._live.stop()
 
-    def start_run(self, name: str, total_steps: int, steps_per_epoch: int, batch: int) -> None:
+    def start_run(
+        self, name: str, work: float, total_steps: int, steps_per_epoch: int, batch: int
+    ) -> "RunProgress":
         """The next run begins."""
-        self._name, self._total, self._per_epoch, self._batch = (
-            name,
-            total_steps,
+        with self.lock:
+            self._begun += 1
+            place = f"run {self._begun} of {self.total}"
+            run = RunProgress(self, name, place, work, total_steps, steps_per_epoch, batch)
+            self._runs.append(run)
+            run.update(Progress(0, 0.0, []), force=True)
+            return run
+
+    def end_run(self, run: "RunProgress", summary: str) -> None:
+        """A run is over: say what came of it, above the live lines."""
+        with self.lock:
+            self._runs.remove(run)
+            self._work_done += run.work
+            self.console.print(summary, soft_wrap=True)
+
+    def draw(self) -> None:
+        """The lines of all runs, and the bar of the study."""
+        bars, facts = Table.grid(padding=(0, 1)), []
+        for run in self._runs:
+            rate = f"{run.time_left()} left, {run.rate()} images/s"
+            bars.add_row(
+                Text(run.name, style="bold"), ProgressBar(run.total_steps, run.step, width=24), rate
+            )
+            facts.append(Text(f"{run.name}: {run.facts()}"))
+        bars.add_row(
+            f"study, {self._begun} of {self.total}",
+            ProgressBar(self._work or 1.0, self._done(), width=24),
+            f"{self.time_left()} left",
+        )
+        self._live.update(Group(bars, *facts), refresh=True)
+
+    def _done(self) -> float:
+        return self._work_done + sum(run.work * run.step / run.total_steps for run in self._runs)
+
+    def time_left(self) -> str:
+        """Of the study, from the work done since it began."""
+        done = self._work_done + sum(run.work * run.share_done() for run in self._runs)
+        if not done:
+            return "?"
+        left = self._work - self._done()
+        return duration(left / done * (time.perf_counter() - self._started))
+
+
+class RunProgress:
+    """One of the runs of a study that are at work; see `StudyProgress`."""
+
+    def __init__(
+        self,
+        study: StudyProgress,
+        name: str,
+        place: str,
+        work: float,
+        total_steps: int,
+        steps_per_epoch: int,
+        batch: int,
+    ) -> None:
+        self.name, self.work, self.total_steps, self.step = name, work, total_steps, 0
+        self._study, self._place, self._per_epoch, self._batch = (
+            study,
+            place,
             steps_per_epoch,
             batch,
         )
-        self._started = self._last_step_at = time.perf_counter()
+        self._last_step_at = time.perf_counter()
+        self._last_shown = 0.0
         self._first_step: int | None = None
-        self._steps_seen = 0
         self._intervals: deque[float] = deque(maxlen=32)
-        self.update(Progress(0, 0.0, []), force=True)
-
-    def end_run(self, summary: str) -> None:
-        """The run is over: say what came of it, above the live lines."""
-        self._seconds_spent += time.perf_counter() - self._started
-        self._work_done += self._work[self._finished]
-        self._finished += 1
-        self._console.print(summary, soft_wrap=True)
-
-    def skip_run(self) -> None:
-        """The next run needs no work."""
-        self._work[self._finished] = 0.0
-        self._finished += 1
+        self._rows: list[dict[str, Any]] = []
 
     def update(self, progress: Progress, force: bool = False) -> None:
         """The run has got to `progress`."""
-        now = time.perf_counter()
-        if self._first_step is None and progress.step:
-            self._first_step, self._first_step_at = progress.step, now
-        elif progress.step > self._steps_seen:
-            self._intervals.append(now - self._last_step_at)
-        self._steps_seen, self._last_step_at = progress.step, now
-        wait = 0.2 if self._console.is_terminal else self.SECONDS_BETWEEN_LINES
-        if force or now - self._last_shown > wait:
+        with self._study.lock:
+            now = time.perf_counter()
+            if self._first_step is None and progress.step:
+                self._first_step, self._first_step_at = progress.step, now
+            elif progress.step > self.step:
+                self._intervals.append(now - self._last_step_at)
+            self.step, self._last_step_at, self._rows = progress.step, now, progress.rows
+            on_terminal = self._study.console.is_terminal
+            wait = 0.2 if on_terminal else self._study.SECONDS_BETWEEN_LINES
+            if not force and now - self._last_shown <= wait:
+                return
             self._last_shown = now
-            self._show(progress, now)
+            if on_terminal:
+                self._study.draw()
+                return
+            self._study.console.print(
+                f"{self.name} ({self._place})  {self.facts()}  {self.rate()} images/s  "
+                f"left: run {self.time_left()}, study {self._study.time_left()}",
+                soft_wrap=True,
+            )
 
-    def _show(self, progress: Progress, now: float) -> None:
-        epochs = -(-self._total // self._per_epoch)
-        epoch = min(progress.step // self._per_epoch + 1, epochs)
+    def end(self, summary: str) -> None:
+        """The run is over."""
+        self._study.end_run(self, summary)
+
+    def facts(self) -> str:
+        """What is known of the network so far."""
+        epochs = -(-self.total_steps // self._per_epoch)
+        epoch = min(self.step // self._per_epoch + 1, epochs)
         facts = "compiling" if self._first_step is None else f"epoch {epoch} of {epochs}"
-        if progress.rows:
-            row = progress.rows[-1]
+        if self._rows:
+            row = self._rows[-1]
             facts += (
                 f"  loss {row['train_loss']:.3f}  train error {row['train_error']:.1f} %"
                 f"  test error {row['test_error']:.1f} %"
             )
-        rate = (
-            f"{self._batch / statistics.median(self._intervals):,.0f}" if self._intervals else "-"
-        )
-        run_left, study_left = self._time_left(progress.step, now)
-        place = f"run {self._finished + 1} of {len(self._work)}"
-        if not self._console.is_terminal:
-            self._console.print(
-                f"{self._name} ({place})  {facts}  {rate} images/s  "
-                f"left: run {run_left}, study {study_left}",
-                soft_wrap=True,
-            )
-            return
-        bars = Table.grid(padding=(0, 1))
-        bars.add_row(
-            Text(self._name, style="bold"),
-            ProgressBar(self._total, progress.step, width=24),
-            f"{run_left} left, {rate} images/s",
-        )
-        done = self._work_done + self._work[self._finished] * progress.step / self._total
-        bars.add_row(
-            f"study, {place}",
-            ProgressBar(sum(self._work) or 1.0, done, width=24),
-            f"{study_left} left",
-        )
-        self._live.update(Group(bars, Text(facts)), refresh=True)
+        return facts
 
-    def _time_left(self, step: int, now: float) -> tuple[str, str]:
-        """Of the run, from its own steps since the first; of the study, from all work so far."""
-        if self._first_step is None or step <= self._first_step:
-            return "?", "?"
-        per_step = (now - self._first_step_at) / (step - self._first_step)
-        run_left = per_step * (self._total - step)
-        done = (step - self._first_step + 1) / self._total
-        spent = self._seconds_spent + now - self._started
-        per_work = spent / (self._work_done + self._work[self._finished] * done)
-        later = sum(self._work[self._finished + 1 :])
-        return duration(run_left), duration(run_left + later * per_work)
+    def rate(self) -> str:
+        """Images a second."""
+        if not self._intervals:
+            return "-"
+        return f"{self._batch / statistics.median(self._intervals):,.0f}"
+
+    def share_done(self) -> float:
+        """Of the run, in this process."""
+        if self._first_step is None:
+            return 0.0
+        return (self.step - self._first_step + 1) / self.total_steps
+
+    def time_left(self) -> str:
+        """Of the run, from its own steps since the first."""
+        if self._first_step is None or self.step <= self._first_step:
+            return "?"
+        per_step = (time.perf_counter() - self._first_step_at) / (self.step - self._first_step)
+        return duration(per_step * (self.total_steps - self.step))

@@ -1,13 +1,14 @@
 """The study's figure: error against epoch, as in Figure 6 of He et al. (2015)."""
 
 import io
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.patches import Patch
 from matplotlib.ticker import MaxNLocator
 
 from flaxnets.files import write_atomic
@@ -120,3 +121,58 @@ def _label_ends(ax: Axes, labels: list[tuple[float, float, str, str]], top: floa
             fontweight="bold",
             annotation_clip=False,
         )
+
+
+def draw_benchmark(
+    rates: Mapping[str, Mapping[str, Sequence[float]]], path: Path, title: str
+) -> None:
+    """Draw the speed of each contender as a bar, a group a model, from `rates`: model -> contender
+    -> images a second in each round.
+
+    Bars are medians, and the thin lines on them the slowest and the fastest round, relative to the
+    median of `torch`, or of `ours` where torch has not run for every model. Written to `path`,
+    whose suffix gives the format.
+    """
+    baseline = "torch" if all("torch" in contenders for contenders in rates.values()) else "ours"
+    names = list(dict.fromkeys(name for contenders in rates.values() for name in contenders))
+    height = 0.8 / len(names)
+    bar_colours = [colour for colour in COLOURS if colour != "#000000"]  # lines are drawn on bars
+    figure = Figure(
+        figsize=(7.6, 1.3 + len(rates) * (0.3 + 0.22 * len(names))), layout="constrained"
+    )
+    ax = figure.subplots()
+    for group, contenders in enumerate(rates.values()):
+        unit = float(np.median(contenders[baseline]))
+        for i, name in enumerate(name for name in names if name in contenders):
+            relative = np.asarray(contenders[name]) / unit
+            middle, low, high = np.median(relative), relative.min(), relative.max()
+            y = group + (i - (len(contenders) - 1) / 2) * height
+            colour = bar_colours[names.index(name) % len(bar_colours)]
+            ax.barh(y, middle, 0.9 * height, color=colour)
+            ax.plot([low, high], [y, y], color="0.25", lw=0.8)
+            images = np.median(contenders[name])
+            ax.annotate(
+                f"{middle:.2f}  ({images:,.0f}/s)",
+                (max(middle, high), y),
+                xytext=(4, 0),
+                textcoords="offset points",
+                va="center",
+                fontsize="small",
+                bbox={"facecolor": "white", "edgecolor": "none", "pad": 0.5},
+            )
+    ax.axvline(1, color="0.4", lw=0.8, ls="--", zorder=0)
+    ax.set_yticks(range(len(rates)), list(rates))
+    ax.invert_yaxis()
+    ax.tick_params(axis="y", length=0)
+    ax.spines[["top", "right"]].set_visible(False)
+    ax.margins(x=0.18)
+    ax.set_xlim(left=0)
+    ax.set_xlabel(f"images per second, relative to {baseline}")
+    bars = [
+        Patch(color=bar_colours[i % len(bar_colours)], label=name) for i, name in enumerate(names)
+    ]
+    figure.legend(handles=bars, loc="outside lower center", ncols=len(bars), frameon=False)
+    figure.suptitle(title, fontsize="medium")
+    picture = io.BytesIO()
+    figure.savefig(picture, dpi=160, format=path.suffix.lstrip("."))
+    write_atomic(path, picture.getvalue())

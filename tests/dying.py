@@ -41,11 +41,13 @@ def die_at_call(owner: Any, name: str, count: int = 1, after: bool = False):
 
 
 def in_the_first_compilation():
-    def start_run(*_):
-        threading.Timer(0.7, die).start()
+    start_run = flaxnets.console.StudyProgress.start_run
 
-    flaxnets.console.StudyProgress.start_run = start_run
-    flaxnets.console.StudyProgress.update = lambda *_: None
+    def dying(*args):
+        threading.Timer(0.7, die).start()
+        return start_run(*args)
+
+    flaxnets.console.StudyProgress.start_run = dying
 
 
 def while_orbax_writes():
@@ -77,14 +79,14 @@ def while_an_old_checkpoint_is_removed():
 
 
 def in_the_middle_of_an_epoch():
-    update = flaxnets.console.StudyProgress.update
+    update = flaxnets.console.RunProgress.update
 
     def dying(self, progress, force=False):
         update(self, progress, force)
         if progress.step % 11 == 5 and not force:
             die()
 
-    flaxnets.console.StudyProgress.update = dying
+    flaxnets.console.RunProgress.update = dying
 
 
 def between_metrics_and_checkpoint():

@@ -14,6 +14,15 @@ from tests.studies import COMMAND, assert_same_study, finish, start, without_sec
 pytestmark = pytest.mark.slow
 
 
+@pytest.fixture(autouse=True, scope="module")
+def _nothing_cached():
+    """As on a fresh machine: a compilation is long enough to die in, and oneDNN is used, which a
+    compilation cache rules out."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("JAX_ENABLE_COMPILATION_CACHE", "false")
+        yield
+
+
 @pytest.fixture(scope="module")
 def arguments(data_dir):
     """Two runs of 44 updates, 11 an epoch, saved every 7."""
@@ -32,11 +41,8 @@ def uninterrupted(arguments, tmp_path_factory):
 def test_killed_at_every_place_one_after_the_other(arguments, uninterrupted, tmp_path):
     out = tmp_path / "out"
     for place in PLACES:
-        # A compilation is long enough to die in when nothing is cached.
-        cache = "false" if "compilation" in place else "true"
         status, _, err = finish(
-            *(sys.executable, "-m", "tests.dying", place, *arguments, "--out", out),
-            JAX_ENABLE_COMPILATION_CACHE=cache,
+            *(sys.executable, "-m", "tests.dying", place, *arguments, "--out", out)
         )
         assert status == -signal.SIGKILL, (place, status, err)
         assert "Traceback" not in err, (place, err)
@@ -94,10 +100,8 @@ def test_stopped_by_a_signal(arguments, uninterrupted, tmp_path, number, status)
 def test_stopped_while_compiling(data_dir, tmp_path):
     """Nothing is lost, so there is no wait for a compilation of many seconds."""
     arguments = ["--depths", "56", "--kinds", "residual", "--data-dir", data_dir]
-    process = start(
-        *(*COMMAND, *arguments, "--out", tmp_path / "out"), JAX_ENABLE_COMPILATION_CACHE="false"
-    )
-    while not (tmp_path / "out" / "residual-56" / "seed-0" / "checkpoints").exists():
+    process = start(*COMMAND, *arguments, "--out", tmp_path / "out")
+    while not (tmp_path / "out" / "residual-56" / "seed-0" / "config.json").exists():
         assert process.poll() is None
         time.sleep(0.05)
     time.sleep(1)

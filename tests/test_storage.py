@@ -117,7 +117,7 @@ def test_a_directory_that_vanishes(study, command, degradation, tmp_path, monkey
 
 def at_step(degradation, monkeypatch, step, happens):
     """Let something happen to the disk at a step of the first run."""
-    update, happened = degradation.StudyProgress.update, []
+    update, happened = degradation.RunProgress.update, []
 
     def watch(self, progress, force=False):
         if progress.step == step and not happened:
@@ -125,7 +125,7 @@ def at_step(degradation, monkeypatch, step, happens):
             happens()
         update(self, progress, force)
 
-    monkeypatch.setattr(degradation.StudyProgress, "update", watch)
+    monkeypatch.setattr(degradation.RunProgress, "update", watch)
 
 
 def test_what_was_there_stays(tmp_path, monkeypatch):

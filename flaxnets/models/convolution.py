@@ -61,12 +61,13 @@ def has_onednn() -> bool:
     persistent compilation cache: storing a program that has one in it fails.
     """
     first, beyond = TESTED_JAXLIB
+    config: Any = jax.config
     return (
         (sys.platform, platform.machine()) == ("linux", "x86_64")
         and first <= jaxlib.version.__version_info__ < beyond
         and jax.default_backend() == "cpu"
         and jax.device_count() == 1
-        and jax.config.jax_compilation_cache_dir is None  # pyright: ignore
+        and not (config.jax_enable_compilation_cache and config.jax_compilation_cache_dir)
     )
 
 

@@ -1,14 +1,7 @@
 """Recipes, train state, train and evaluation steps, the loop of one run, checkpoints."""
 
 from flaxnets.training.checkpoints import Checkpoints
-from flaxnets.training.loop import (
-    CheckpointEvery,
-    Program,
-    Progress,
-    RunResult,
-    compiled_ahead,
-    train_run,
-)
+from flaxnets.training.loop import CheckpointEvery, Program, Progress, RunResult, train_run
 from flaxnets.training.recipes import RECIPES, Recipe
 from flaxnets.training.steps import (
     TrainState,
@@ -28,7 +21,6 @@ __all__ = [
     "Recipe",
     "RunResult",
     "TrainState",
-    "compiled_ahead",
     "create_state",
     "evaluate",
     "init_variables",

@@ -10,6 +10,7 @@ import json
 import os
 import re
 import shutil
+import threading
 import warnings
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -30,6 +31,8 @@ from flaxnets.training.steps import TrainState
 KEPT = 2
 REPLACED = ".replaced"
 OVERHEAD = 300_000  # bytes of a checkpoint beside its arrays, about
+# Operations of several checkpointers in one process, each of another run, disturb one another.
+ORBAX_AT_WORK = threading.Lock()
 
 
 class Checkpoints:
@@ -107,28 +110,36 @@ class Checkpoints:
         self.wait()
         path = self.directory / str(step)
         size = OVERHEAD + sum(leaf.nbytes for leaf in jax.tree.leaves(state))
-        with self._explained(path, size):
-            if self._is_gone():  # Orbax would make it anew
-                raise FileNotFoundError
-            # Stopped before its epoch was measured, and gone on from there: the record has grown.
-            if is_primary() and path.exists():
-                path.rename(path.with_name(f"{step}{REPLACED}"))
-            self._checkpointer.save(
-                path,
-                args=ocp.args.Composite(
-                    variables=ocp.args.StandardSave(state.variables),
-                    training=ocp.args.StandardSave(training),
-                    progress=ocp.args.JsonSave(progress),
-                    config=ocp.args.JsonSave(config or {}),
-                ),
-            )
+        ORBAX_AT_WORK.acquire()
+        try:
+            with self._explained(path, size):
+                if self._is_gone():  # Orbax would make it anew
+                    raise FileNotFoundError
+                # Stopped before its epoch was measured, and gone on from there: it has grown.
+                if is_primary() and path.exists():
+                    path.rename(path.with_name(f"{step}{REPLACED}"))
+                self._checkpointer.save(
+                    path,
+                    args=ocp.args.Composite(
+                        variables=ocp.args.StandardSave(state.variables),
+                        training=ocp.args.StandardSave(training),
+                        progress=ocp.args.JsonSave(progress),
+                        config=ocp.args.JsonSave(config or {}),
+                    ),
+                )
+        except BaseException:
+            ORBAX_AT_WORK.release()
+            raise
         self._saving = self._thread.submit(self._complete, path, size)
 
     def _complete(self, path: Path, size: int) -> None:
         """Once Orbax has written `path`, make it a checkpoint and remove what it replaces."""
         try:
             with self._explained(path, size):
-                self._checkpointer.wait_until_finished()
+                try:
+                    self._checkpointer.wait_until_finished()
+                finally:
+                    ORBAX_AT_WORK.release()
                 if is_primary():
                     write_manifest(path)
                     self._recover()
@@ -215,7 +226,8 @@ class Checkpoints:
     def _restore(self, **items: Any) -> Any:
         path = self.directory / str(self.step)
         try:
-            return self._checkpointer.restore(path, args=ocp.args.Composite(**items))
+            with ORBAX_AT_WORK:
+                return self._checkpointer.restore(path, args=ocp.args.Composite(**items))
         except Exception as error:  # Orbax has no one error for files that are not as expected
             raise InputError(f"{path} cannot be read: {type(error).__name__}: {error}") from error
 

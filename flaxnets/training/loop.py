@@ -6,8 +6,7 @@ import json
 import math
 import time
 from collections import deque
-from collections.abc import Callable, Generator, Iterable
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, get_args
@@ -30,7 +29,6 @@ from flaxnets.training.steps import (
     evaluate,
     make_eval_step,
     make_train_step,
-    padded_batch,
 )
 
 Status = Literal["finished", "diverged", "unfinished"]
@@ -82,8 +80,8 @@ class Program:
     image_shape: tuple[int, int, int]
     train: Split
     test: Split
-    train_step: jax.stages.Wrapped
-    eval_step: jax.stages.Wrapped
+    train_step: Callable
+    eval_step: Callable
     eval_batch: int
     mesh: Mesh
 
@@ -112,37 +110,6 @@ class Program:
             eval_batch=-(-EVAL_BATCH // mesh.size) * mesh.size,
             mesh=mesh,
         )
-
-    def compile(self) -> None:
-        """Compile the steps now, so that their first calls need not."""
-        state = create_state(self.model, self.optimizer, 0, self.image_shape, self.mesh)
-        order = epoch_order(state.key, 0, len(self.train.labels))
-        self.train_step.lower(state, self.train, order).compile()
-        batch = padded_batch(self.test, 0, self.eval_batch)
-        self.eval_step.lower(state.variables, *batch).compile()
-
-
-def compiled_ahead(programs: Iterable[Callable[[], Program]]) -> Generator[Program]:
-    """What each of `programs` creates, compiled; the next one is in the making, in another thread,
-    while the one before is at work."""
-    if jax.process_count() > 1:  # which must all do the same at the same time
-        for create in programs:
-            yield create()
-        return
-
-    def make(create: Callable[[], Program]) -> Program:
-        program = create()
-        program.compile()
-        return program
-
-    with ThreadPoolExecutor(1, thread_name_prefix="compile") as compiler:
-        coming: Future[Program] | None = None
-        for create in programs:
-            ready, coming = coming, compiler.submit(make, create)
-            if ready is not None:
-                yield ready.result()
-        if coming is not None:
-            yield coming.result()
 
 
 class Progress(NamedTuple):

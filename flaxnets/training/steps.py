@@ -106,7 +106,7 @@ def make_train_step(
     augmentation: Augmentation | None,
     batch_size: int,
     mesh: Mesh,
-) -> jax.stages.Wrapped:
+) -> Callable[[TrainState, Split, jax.Array], tuple[TrainState, jax.Array]]:
     """The jitted `train_step(state, split, order) -> (state, loss)`.
 
     `split` is the training split and `order` the current epoch's `epoch_order`, both replicated on
@@ -177,7 +177,9 @@ def count_errors(logits: jax.Array, labels: jax.Array) -> jax.Array:
     return (wrong | jnp.isnan(logits).any(axis=-1)).astype(jnp.int32)
 
 
-def make_eval_step(model: nn.Module, preprocess: Preprocess, mesh: Mesh) -> jax.stages.Wrapped:
+def make_eval_step(
+    model: nn.Module, preprocess: Preprocess, mesh: Mesh
+) -> Callable[[dict, Split, jax.Array], tuple[jax.Array, jax.Array]]:
     """The jitted `eval_step(variables, batch, weights) -> (loss_sum, errors)`, in evaluation mode.
 
     `weights` `(batch,)` is 1 for an example that counts and 0 for padding.
@@ -195,9 +197,7 @@ def make_eval_step(model: nn.Module, preprocess: Preprocess, mesh: Mesh) -> jax.
 
 
 @partial(jax.jit, static_argnames="batch_size")
-def padded_batch(split: Split, start: jax.Array | int, batch_size: int) -> tuple[Split, jax.Array]:
-    """The `batch_size` examples from `start` on, and which of them count, bool `(batch_size,)`:
-    those beyond the end of the split are its last one again, and do not."""
+def _padded_batch(split: Split, start: jax.Array, batch_size: int) -> tuple[Split, jax.Array]:
     indices = start + jnp.arange(batch_size)
     counts = indices < len(split.labels)
     indices = jnp.minimum(indices, len(split.labels) - 1)
@@ -220,7 +220,7 @@ def evaluate(
         if stop():
             return None
         # Cut out here, not in `eval_step`: one compilation then serves splits of every size.
-        totals.append(eval_step(variables, *padded_batch(split, start, batch_size)))
+        totals.append(eval_step(variables, *_padded_batch(split, start, batch_size)))
         jax.block_until_ready(totals[-2:-1])  # so that `stop` is heard in time
     losses, errors = zip(*jax.device_get(totals), strict=True)
     count = len(split.labels)

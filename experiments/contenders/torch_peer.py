@@ -1,0 +1,211 @@
+"""The same network and train step in PyTorch, with the settings that make it fast."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+LEAVES = {"scale": "weight", "kernel": "weight", "mean": "running_mean", "var": "running_var"}
+
+
+def conv(inputs: int, filters: int, size: int, stride: int) -> nn.Conv2d:
+    return nn.Conv2d(inputs, filters, size, stride, (size - 1) // 2, bias=False)
+
+
+class Block(nn.Module):
+    """Convolutions with BatchNorm and, with `shortcut`, what goes around them."""
+
+    def __init__(
+        self, inputs: int, layers: list[tuple[int, int, int]], shortcut: str | None
+    ) -> None:
+        super().__init__()
+        self.depth = len(layers)
+        self.residual = shortcut is not None
+        self.stride, before = 1, inputs
+        for i, (filters, size, stride) in enumerate(layers, 1):
+            self.add_module(f"conv{i}", conv(before, filters, size, stride))
+            self.add_module(f"bn{i}", nn.BatchNorm2d(filters))
+            self.stride, before = self.stride * stride, filters
+        self.new_channels = before - inputs
+        changes_shape = self.stride != 1 or self.new_channels
+        self.project = shortcut == "B" and changes_shape
+        self.pad = shortcut == "A" and changes_shape
+        if self.project:
+            self.shortcut_conv = conv(inputs, before, 1, self.stride)
+            self.shortcut_bn = nn.BatchNorm2d(before)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y = x
+        for i in range(1, self.depth + 1):
+            y = getattr(self, f"bn{i}")(getattr(self, f"conv{i}")(y))
+            if i < self.depth:
+                y = F.relu(y, inplace=True)
+        if self.project:
+            x = self.shortcut_bn(self.shortcut_conv(x))
+        elif self.pad:
+            before = self.new_channels // 2
+            x = x[:, :, :: self.stride, :: self.stride]
+            x = F.pad(x, (0, 0, 0, 0, before, self.new_channels - before))
+        if self.residual:
+            y += x
+        return F.relu(y, inplace=True)
+
+
+class Network(nn.Module):
+    """`(batch, 3, height, width)` -> logits. The arguments are attributes of a `ResNet` of
+    flaxnets, version 1 with shortcut A or B, and the parts have the names of that module's."""
+
+    def __init__(
+        self,
+        stage_sizes: list[int],
+        num_classes: int,
+        width: int,
+        block: str,
+        stem: str,
+        shortcut: str,
+        residual: bool,
+        stride_in_3x3: bool,
+    ) -> None:
+        super().__init__()
+        self.large_stem = stem == "imagenet"
+        self.conv1 = conv(3, width, *((7, 2) if self.large_stem else (3, 1)))
+        self.bn1 = nn.BatchNorm2d(width)
+        self.blocks: list[str] = []
+        before = width
+        for i, count in enumerate(stage_sizes, 1):
+            filters = width * 2 ** (i - 1)
+            for j in range(1, count + 1):
+                stride = 2 if i > 1 and j == 1 else 1
+                if block == "basic":
+                    layers = [(filters, 3, stride), (filters, 3, 1)]
+                else:
+                    first, second = (1, stride) if stride_in_3x3 else (stride, 1)
+                    layers = [(filters, 1, first), (filters, 3, second), (4 * filters, 1, 1)]
+                self.blocks.append(f"stage{i}_block{j}")
+                around = shortcut if residual else None
+                self.add_module(self.blocks[-1], Block(before, layers, around))
+                before = layers[-1][0]
+        self.head = nn.Linear(before, num_classes)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = F.relu(self.bn1(self.conv1(x)), inplace=True)
+        if self.large_stem:
+            x = F.max_pool2d(x, 3, 2, 1)
+        for name in self.blocks:
+            x = getattr(self, name)(x)
+        return self.head(x.mean((2, 3)))
+
+    @torch.no_grad()
+    def load(self, variables: Mapping[str, np.ndarray]) -> None:
+        """Take Flax variables, each by its path, as `params/conv1/kernel`."""
+        missing = {key for key in self.state_dict() if not key.endswith("num_batches_tracked")}
+        for path, values in variables.items():
+            _, *modules, leaf = path.split("/")
+            key = ".".join([*modules, LEAVES.get(leaf, leaf)])
+            if leaf == "kernel":
+                values = values.transpose((3, 2, 0, 1) if values.ndim == 4 else (1, 0))
+            self.state_dict()[key].copy_(torch.from_numpy(np.array(values)))
+            missing.remove(key)
+        if missing:
+            raise ValueError(f"no weights for {', '.join(sorted(missing))}")
+
+
+class Contender:
+    """See `worker.py`. `compile` is None for eager mode, or the mode of `torch.compile`."""
+
+    def __init__(
+        self,
+        model: Mapping[str, Any],
+        data: Mapping[str, np.ndarray],
+        batch_size: int,
+        bfloat16: bool,
+        device: str,
+        weights: str,
+        compile: str | None = None,
+    ) -> None:
+        self.device = device
+        if device not in ("cpu", "gpu") or (device == "gpu" and not torch.cuda.is_available()):
+            raise RuntimeError(f"this PyTorch cannot use the {device} that ours runs on")
+        self._marks_steps = compile == "reduce-overhead"
+        if self._marks_steps and device != "gpu":
+            raise RuntimeError("CUDA graphs need a GPU")
+        if device == "gpu":
+            torch.backends.cudnn.benchmark = True
+            torch.set_float32_matmul_precision("high")  # TF32
+        place = torch.device("cuda" if device == "gpu" else "cpu")
+        torch.manual_seed(0)
+        with np.load(weights) as arrays:
+            self._weights = dict(arrays)
+        network: Any = Network(**model)
+        network.load(self._weights)
+        self._network = network.to(place, memory_format=torch.channels_last).train()
+        self._optimizer = torch.optim.SGD(
+            self._network.parameters(),
+            lr=float(data["rate"]),
+            momentum=0.9,
+            weight_decay=1e-4,
+            fused=True,
+        )
+
+        def on_device(name: str) -> torch.Tensor:
+            return torch.from_numpy(data[name]).to(place)
+
+        # NHWC, as channels_last is.
+        self._images, self._labels = on_device("images"), on_device("labels").long()
+        self._check_images = on_device("check_images").permute(0, 3, 1, 2)
+        self._mean, self._std = on_device("mean"), on_device("std")
+        self._order = torch.randperm(len(self._labels), device=place)
+        self._batch_size, self._steps_done = batch_size, 0
+        self._autocast = torch.autocast(place.type, torch.bfloat16, enabled=bfloat16)
+        self._prepare, self._loss = self.prepare, self.cross_entropy
+        if compile is not None:
+            self._prepare = torch.compile(self.prepare, mode=compile)
+            self._loss = torch.compile(self.cross_entropy, mode=compile)
+
+    def prepare(self, images: torch.Tensor) -> torch.Tensor:
+        """uint8 NHWC -> random crops and mirror images, normalised, NCHW in channels_last."""
+        count, height, width, _ = images.shape
+        place = images.device
+        padded = F.pad(images, (0, 0, 4, 4, 4, 4))
+        top, left = torch.randint(0, 9, (2, count, 1), device=place)
+        rows = top + torch.arange(height, device=place)
+        columns = left + torch.arange(width, device=place)
+        mirrored = torch.rand(count, 1, device=place) < 0.5
+        columns = torch.where(mirrored, columns.flip(1), columns)
+        which = torch.arange(count, device=place)[:, None, None]
+        images = padded[which, rows[:, :, None], columns[:, None, :]]
+        return ((images.float() / 255 - self._mean) / self._std).permute(0, 3, 1, 2)
+
+    def cross_entropy(self, images: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        with self._autocast:
+            return F.cross_entropy(self._network(images), labels)
+
+    def loss(self) -> float:
+        # In place, because the compiled function knows these tensors; it was compiled for training,
+        # and so it is called here.
+        self._network.load(self._weights)
+        return self._loss(self._check_images, self._labels[: self._batch_size]).item()
+
+    def run(self, steps: int) -> None:
+        for _ in range(steps):
+            if self._marks_steps:
+                torch.compiler.cudagraph_mark_step_begin()
+            start = self._steps_done % (len(self._order) // self._batch_size) * self._batch_size
+            indices = self._order[start : start + self._batch_size]
+            self._optimizer.zero_grad(set_to_none=True)
+            self._loss(self._prepare(self._images[indices]), self._labels[indices]).backward()
+            self._optimizer.step()
+            self._steps_done += 1
+        if self.device == "gpu":
+            torch.cuda.synchronize()
+
+    def peak_bytes(self) -> int:
+        return torch.cuda.max_memory_allocated()
+
+    def give_memory_back(self) -> None:
+        """What is free of the GPU's memory, so that all contenders fit on one."""
+        if self.device == "gpu":
+            torch.cuda.empty_cache()
