@@ -58,7 +58,8 @@ def numbers(out):
 def test_a_full_disk(study, command, small_disk):
     """In a process of its own, so that nothing is said on the way out either."""
     out = small_disk / "out"
-    status, _, err = finish(*COMMAND, *study.arguments[:-4], *EVERY, "--out", out)
+    alone = ["--workers", "1"]
+    status, _, err = finish(*COMMAND, *study.arguments[:-4], *EVERY, *alone, "--out", out)
     assert status == 1
     assert err.startswith(f"error: {out}/plain-8/seed-0/checkpoints/")
     assert "cannot be written: it needs about 0.9 MB, and" in err

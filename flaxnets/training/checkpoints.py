@@ -130,16 +130,19 @@ class Checkpoints:
         except BaseException:
             ORBAX_AT_WORK.release()
             raise
-        self._saving = self._thread.submit(self._complete, path, size)
+        self._saving = self._thread.submit(self._end_save, path, size)
+
+    def _end_save(self, path: Path, size: int) -> None:
+        try:
+            self._complete(path, size)
+        finally:
+            ORBAX_AT_WORK.release()
 
     def _complete(self, path: Path, size: int) -> None:
         """Once Orbax has written `path`, make it a checkpoint and remove what it replaces."""
         try:
             with self._explained(path, size):
-                try:
-                    self._checkpointer.wait_until_finished()
-                finally:
-                    ORBAX_AT_WORK.release()
+                self._checkpointer.wait_until_finished()
                 if is_primary():
                     write_manifest(path)
                     self._recover()
