@@ -14,6 +14,7 @@ from test_study import made_run
 
 from flaxnets.console import run_command
 from flaxnets.study import group_runs
+from tests.studies import assert_same_study
 
 ROOT = Path(__file__).parents[1]
 
@@ -125,6 +126,8 @@ BAD_INPUT = [
     ("--depths 8 --learning-rate inf", "not a number above 0"),
     ("--depths 8 --seeds 1,1", "--seeds repeats 1"),
     ("--depths 8 --seeds -1", "--seeds must be from 0"),
+    ("--depths 8 --workers 0", "--workers"),
+    ("--depths 8 --workers 2 --distributed h:1,2,0", "--workers is for one process"),
     ("--depths 8 --seeds x", "not a list of whole numbers"),
     ("--depths 8 --checkpoint-every 5", "'5' is not a time or steps"),
     ("--depths 8 --checkpoint-every 0s", "not a time or steps"),
@@ -213,6 +216,13 @@ def test_another_configuration_is_refused(study, command):
     assert 'precision is "float32" there and "bfloat16" here' in err
     assert f"use --out {study.out}-2" in err
     assert states(study.out) == before
+
+
+def test_workers_change_no_number(study, command, tmp_path):
+    """The study is of two runs at the same time, this is of one after the other."""
+    out = tmp_path / "out"
+    assert command(*study.arguments[:-1], str(out), "--workers", "1")[0] == 0
+    assert_same_study(out, study.out)
 
 
 def test_a_study_grows_and_trains_nothing_twice(study, command, tmp_path):

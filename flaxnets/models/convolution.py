@@ -3,7 +3,7 @@
 XLA computes them with Eigen or YNNPACK, and the gradient with respect to the kernel, whose window
 is as large as the image, after copying both images into another layout. jaxlib for Linux on x86-64
 also brings oneDNN along, and reaches it through a custom call of the name below. 3x3 convolutions
-at batch 128 on two cores of an AMD EPYC 9004, in milliseconds (XLA, here, PyTorch 2.13):
+at batch 128 on two cores of an AMD EPYC with AVX-512, in milliseconds (XLA, here, PyTorch 2.13):
 
     map     channels   value              gradient of x      gradient of the kernel
     32x32   16         8.1   3.2   3.0    5.7   3.3   2.9    14.4   5.6   2.7
