@@ -16,7 +16,7 @@ import shlex
 import sys
 import threading
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor, as_completed
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -203,7 +203,7 @@ def train_study(
     def stop() -> bool:
         return failed.is_set() or interruption.requested()
 
-    def train(planned: Planned) -> None:
+    def train_seeds(planned: Planned) -> None:
         configs = [config for other, config in unfinished if other is planned]
         program = None
         for config in configs:
@@ -232,15 +232,18 @@ def train_study(
                 write_summary(out, sort_runs(known.values()))
             interruption.unsaved.discard(run)
 
+    def train(planned: Planned) -> None:
+        try:
+            train_seeds(planned)
+        except BaseException:
+            failed.set()  # the others save what they have, and nothing new is begun
+            raise
+
     with (
         StudyProgress(console, finished, len(unfinished), work) as progress,
         ThreadPoolExecutor(workers) as pool,
     ):
-        running = [pool.submit(train, planned) for planned in plan]
-        for future in as_completed(running):
-            if future.exception() is not None:
-                failed.set()  # the others save what they have
-        for future in running:
+        for future in [pool.submit(train, planned) for planned in plan]:
             future.result()
     interruption.unsaved.add("the table and the figure")
     return sort_runs(known.values())

@@ -252,7 +252,10 @@ def test_ctrl_c_stops_all(tmp_path):
     command = [sys.executable, str(SCRIPT), "--models", "cifar_resnet8", "--image-size", "8"]
     command += ["--batch-size", "8", "--rounds", "10000", "--against", "flax-example"]
     command += ["--out", str(tmp_path)]
-    process = subprocess.Popen(command)
+    # Jobs in the background of a shell ignore it, and so do their children.
+    process = subprocess.Popen(
+        command, preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)
+    )
     listed = Path(f"/proc/{process.pid}/task/{process.pid}/children")
     children = []
     while len(children) < 2:
