@@ -110,6 +110,7 @@ def main(arguments: list[str] | None = None) -> int:
     out = args.out or Path("runs/degradation") / f"{args.dataset}-{args.family}"
     with refused_together():
         check_place(out)
+        check_workers(args)
         builders = {kind: import_builder(kind) for kind in args.kinds if ":" in kind}
         info = find_dataset(args.dataset, args.data_dir)
         check_batch(recipe, info.num_train, args)
@@ -391,6 +392,16 @@ def check_batch(recipe: Recipe, num_train: int, args: argparse.Namespace) -> Non
         raise InputError(
             f"--batch-size {recipe.batch_size} does not divide by the {devices} devices; "
             f"give a multiple of {devices}"
+        )
+
+
+def check_workers(args: argparse.Namespace) -> None:
+    if args.workers and args.workers > 1 and jax.device_count() > 1:
+        # Each device would get the programs of two threads in an order of its own, and programs
+        # that wait for their like on the other devices would wait for ever.
+        raise InputError(
+            f"--workers {args.workers} is for a single device, and there are "
+            f"{jax.device_count()}, which train one network together; leave it out"
         )
 
 

@@ -55,7 +55,7 @@ class Block(nn.Module):
 
 
 class Network(nn.Module):
-    """`(batch, 3, height, width)` -> logits. The arguments are attributes of a `ResNet` of
+    """`(batch, channels, height, width)` -> logits. The arguments are attributes of a `ResNet` of
     flaxnets, version 1 with shortcut A or B, and the parts have the names of that module's."""
 
     def __init__(
@@ -68,10 +68,11 @@ class Network(nn.Module):
         shortcut: str,
         residual: bool,
         stride_in_3x3: bool,
+        channels: int = 3,
     ) -> None:
         super().__init__()
         self.large_stem = stem == "imagenet"
-        self.conv1 = conv(3, width, *((7, 2) if self.large_stem else (3, 1)))
+        self.conv1 = conv(channels, width, *((7, 2) if self.large_stem else (3, 1)))
         self.bn1 = nn.BatchNorm2d(width)
         self.blocks: list[str] = []
         before = width
