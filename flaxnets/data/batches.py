@@ -1,11 +1,26 @@
 """Which examples make a step, and what is done to them; pure functions that run on the device."""
 
-from dataclasses import dataclass
+import math
+from dataclasses import dataclass, replace
 from functools import partial
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+
+# Of the channels of ImageNet's training images, on a scale of 0 to 1, as torchvision has them.
+IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+# Principal components of the colours of ImageNet's training images, on a scale of 0 to 255: how far
+# along each, and directions in the columns (fb.resnet.torch, after Krizhevsky et al. 2012).
+COLOUR_SCALES = (255 * 0.2175, 255 * 0.0188, 255 * 0.0045)
+COLOUR_DIRECTIONS = (
+    (-0.5675, 0.7192, 0.4009),
+    (-0.5808, -0.0045, -0.8140),
+    (-0.5836, -0.6948, 0.4203),
+)
+# Of what crops are resized to: the shorter side of the image, from and to.
+SCALED_CROP = {"scaled": (256 / 224, 480 / 224), "fixed": (256 / 224, 256 / 224)}
 
 
 @partial(jax.jit, static_argnames="num_examples")
@@ -26,32 +41,96 @@ def batch_indices(order: jax.Array, step: jax.Array | int, batch_size: int) -> j
 
 @dataclass(frozen=True)
 class Augmentation:
-    """Random crops and mirror images, as in He et al. (2015), section 4.2.
+    """Random crops, mirror images and colours.
 
     Attributes:
-      pad: black pixels added on every side before a crop of the original size; 0 for no crop.
+      pad: pixels added on every side before a crop of the original size; 0 for none.
+      edge: whether those pixels repeat the edge; black otherwise, as in He et al. (2015), 4.2.
       flip: whether half of the images are mirrored left to right.
+      crop: `resized`, a random area (8 to 100 %) and shape (3:4 to 4:3) resized to the image's
+        (Szegedy et al. 2014, arXiv:1409.4842, section 6); `scaled`, a random square that is 224
+        pixels wide where the shorter side has 256 to 480 (He et al. 2015, section 3.4); `fixed`,
+        where it has 256 (Krizhevsky et al. 2012, section 4.1); or `none`.
+      colour_noise: standard deviation of the noise along the principal components of ImageNet's
+        colours, in units of their scales (Krizhevsky et al. 2012, section 4.1; 0.1 there); for
+        images of three channels.
     """
 
     pad: int = 0
     flip: bool = False
+    edge: bool = False
+    crop: Literal["none", "resized", "scaled", "fixed"] = "none"
+    colour_noise: float = 0.0
+
+    def with_colour_noise(self, colour_noise: float) -> "Augmentation":
+        """The same with this noise."""
+        return replace(self, colour_noise=colour_noise)
+
+    @property
+    def seen_at_evaluation(self) -> float:
+        """Share of the shorter side that is looked at, 224 of 256 where training takes crops."""
+        return 1.0 if self.crop == "none" else 224 / 256
+
+    def without_crops(self) -> "Augmentation":
+        """What is left to do for images that have been cropped and mirrored already."""
+        return replace(self, flip=False, crop="none")
 
     def __call__(self, key: jax.Array, images: jax.Array) -> jax.Array:
-        """Augment `(batch, height, width, channels)` of any type, each image on its own."""
+        """Augment `(batch, height, width, channels)` on a scale of 0 to 255, each image on its own.
+
+        uint8 stays uint8, unless colours or sizes change, which give float32.
+        """
         crop_key, flip_key = jax.random.split(key)
+        if self.crop != "none":
+            images = self._crop(crop_key, images)
         if self.pad:
             pad = ((self.pad, self.pad), (self.pad, self.pad), (0, 0))
             corners = jax.random.randint(crop_key, (len(images), 2), 0, 2 * self.pad + 1)
 
             def crop(image: jax.Array, corner: jax.Array) -> jax.Array:
                 start = (corner[0], corner[1], 0)
-                return jax.lax.dynamic_slice(jnp.pad(image, pad), start, image.shape)
+                padded = jnp.pad(image, pad, mode="edge" if self.edge else "constant")
+                return jax.lax.dynamic_slice(padded, start, image.shape)
 
             images = jax.vmap(crop)(images, corners)
         if self.flip:
             mirrored = jax.random.bernoulli(flip_key, shape=(len(images), 1, 1, 1))
             images = jnp.where(mirrored, images[:, :, ::-1], images)
+        if self.colour_noise and images.shape[-1] == 3:
+            images = images + self._noise(jax.random.fold_in(key, 2), len(images))
         return images
+
+    def _noise(self, key: jax.Array, count: int) -> jax.Array:
+        """`(count, 1, 1, 3)`"""
+        amounts = self.colour_noise * jax.random.normal(key, (count, 3))
+        shifts = (amounts * jnp.float32(COLOUR_SCALES)) @ jnp.float32(COLOUR_DIRECTIONS).T
+        return shifts[:, None, None]
+
+    def _crop(self, key: jax.Array, images: jax.Array) -> jax.Array:
+        count, height, width, _ = images.shape
+        size_key, shape_key, place_key = jax.random.split(key, 3)
+        if self.crop == "resized":
+            area = jax.random.uniform(size_key, (count,), minval=0.08, maxval=1.0)
+            log_ratio = jax.random.uniform(
+                shape_key, (count,), minval=-math.log(4 / 3), maxval=math.log(4 / 3)
+            )
+            # Of the image's sides; what would not fit has the whole side.
+            root = jnp.exp(log_ratio / 2)
+            shares = jnp.minimum(jnp.sqrt(area)[:, None] * jnp.stack([1 / root, root], -1), 1.0)
+        else:
+            low, high = SCALED_CROP[self.crop]
+            shorter = jax.random.uniform(size_key, (count,), minval=low, maxval=high)
+            shares = jnp.tile(1 / shorter[:, None], 2)
+        sides = jnp.float32([height, width])
+        starts = jax.random.uniform(place_key, (count, 2)) * (1 - shares) * sides
+
+        def crop(image: jax.Array, share: jax.Array, start: jax.Array) -> jax.Array:
+            scale = 1 / share
+            return jax.image.scale_and_translate(
+                image, image.shape, (0, 1), scale, -start * scale, "linear"
+            )
+
+        return jax.vmap(crop)(images.astype(jnp.float32), shares, starts)
 
 
 @dataclass(frozen=True)
@@ -61,14 +140,23 @@ class Preprocess:
     Attributes:
       image_shape: height, width and channels.
       mean, std: of each channel over the training images, on a scale of 0 to 1.
+      size: height and width that images are resized to (bilinear), or None for their own.
     """
 
     image_shape: tuple[int, int, int]
     mean: tuple[float, ...]
     std: tuple[float, ...]
+    size: int | None = None
+
+    @property
+    def input_shape(self) -> tuple[int, int, int]:
+        """Height, width and channels of what the network gets."""
+        if self.size is None:
+            return self.image_shape
+        return (self.size, self.size, self.image_shape[2])
 
     def __call__(self, images: jax.Array | np.ndarray) -> jax.Array:
-        """uint8 `(batch, height, width, channels)` -> normalised float32 of the same shape.
+        """uint8 `(batch, height, width, channels)` -> normalised float32 of `input_shape`.
 
         Raises:
           ValueError: the images are not uint8 or of another shape.
@@ -78,5 +166,12 @@ class Preprocess:
             raise ValueError(
                 f"expected uint8 images (batch, {expected}), got {images.dtype} {images.shape}"
             )
+        return self.normalise(images)
+
+    def normalise(self, images: jax.Array | np.ndarray) -> jax.Array:
+        """The same for images of any type on a scale of 0 to 255."""
         mean, std = jnp.float32(self.mean), jnp.float32(self.std)
-        return (jnp.asarray(images).astype(jnp.float32) / 255 - mean) / std
+        normalised = (jnp.asarray(images).astype(jnp.float32) / 255 - mean) / std
+        if self.size is None:
+            return normalised
+        return jax.image.resize(normalised, (len(images), *self.input_shape), "linear")

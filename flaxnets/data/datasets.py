@@ -4,7 +4,7 @@ import contextlib
 import hashlib
 import importlib.util
 import io
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -41,6 +41,12 @@ class Dataset:
     @property
     def num_classes(self) -> int:
         return len(self.class_names)
+
+    def resized(self, size: int | None) -> "Dataset":
+        """The same for networks that take images of `size` x `size`; None for their own size."""
+        if size is None or self.preprocess.image_shape[:2] == (size, size):
+            return self
+        return replace(self, preprocess=replace(self.preprocess, size=size))
 
     def fingerprint(self) -> str:
         """sha256 over every image and label, so that a study can tell whether its data changed."""

@@ -2,8 +2,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from PIL import Image
 
 from flaxnets.data import Augmentation, Preprocess, batch_indices, epoch_order
+from flaxnets.data.batches import COLOUR_DIRECTIONS, COLOUR_SCALES
 
 
 def test_an_epoch_visits_each_example_at_most_once_and_epochs_differ():
@@ -69,3 +71,62 @@ def test_preprocess_refuses_other_images(images):
     preprocess = Preprocess((1, 1, 2), mean=(0.5, 0.2), std=(0.25, 0.1))
     with pytest.raises(ValueError, match=r"expected uint8 images \(batch, 1, 1, 2\)"):
         preprocess(images)
+
+
+def ramp(height, width):
+    """An image whose first channel is the row and whose second the column, 0 to 1, three times."""
+    rows = np.linspace(0, 255, height)[:, None] * np.ones((1, width))
+    columns = np.linspace(0, 255, width)[None] * np.ones((height, 1))
+    return np.tile(np.stack([rows, columns, np.zeros_like(rows)], -1)[None], (64, 1, 1, 1))
+
+
+@pytest.mark.parametrize("crop", ["resized", "scaled", "fixed"])
+def test_crops_are_resized_parts(crop):
+    """Seen on a ramp: its ends tell where a crop begins and ends."""
+    images = ramp(48, 48).astype(np.uint8)
+    crops = Augmentation(crop=crop)(jax.random.key(3), jnp.asarray(images))
+    assert crops.shape == images.shape
+    assert crops.min() >= 0
+    assert crops.max() <= 255
+    rows = np.ptp(np.asarray(crops[:, :, 24, 0]), axis=1) / 255
+    columns = np.ptp(np.asarray(crops[:, 24, :, 1]), axis=1) / 255
+    tops = np.asarray(crops[:, 0, 24, 0]) / 255
+    area, ratio = rows * columns, columns / rows
+    if crop == "resized":
+        assert 0.05 < area.min() < 0.3
+        assert 0.75 < area.max() <= 1.01
+        assert 0.6 < ratio.min() < 0.9
+        assert 1.1 < ratio.max() < 1.6
+    else:
+        low, high = (224 / 480, 224 / 256) if crop == "scaled" else (224 / 256, 224 / 256)
+        np.testing.assert_allclose(ratio, 1, atol=0.05)
+        np.testing.assert_allclose([rows.min(), rows.max()], [low, high], atol=0.05)
+    assert np.ptp(tops) > 0.1  # not all at one place
+
+
+def test_shifts_may_repeat_the_edge():
+    images = jnp.full((16, 8, 8, 1), 200, jnp.uint8)
+    key = jax.random.key(0)
+    assert (Augmentation(pad=2, edge=True)(key, images) == 200).all()
+    assert (Augmentation(pad=2)(key, images) == 0).any()
+
+
+def test_colour_noise_is_the_same_all_over_an_image():
+    """Of the known covariance: that of ImageNet's colours times the square of the amount."""
+    images = jnp.full((20_000, 2, 2, 3), 100, jnp.uint8)
+    noise = np.asarray(Augmentation(colour_noise=0.1)(jax.random.key(0), images)) - 100
+    assert np.ptp(noise.reshape(len(noise), 4, 3), axis=1).max() < 1e-4
+    directions, scales = np.array(COLOUR_DIRECTIONS), np.array(COLOUR_SCALES)
+    expected = 0.01 * directions @ np.diag(scales**2) @ directions.T
+    np.testing.assert_allclose(np.cov(noise[:, 0, 0].T), expected, rtol=0.05, atol=0.02)
+    grey = jnp.full((2, 2, 2, 1), 100, jnp.uint8)
+    assert (Augmentation(colour_noise=0.1)(jax.random.key(0), grey) == 100).all()
+
+
+def test_preprocessing_resizes():
+    images = np.random.default_rng(0).integers(0, 256, (2, 7, 7, 1), np.uint8)
+    preprocess = Preprocess((7, 7, 1), (0.5,), (0.25,), size=14)
+    assert preprocess.input_shape == (14, 14, 1)
+    whole = np.asarray(preprocess(images))[..., 0] * 0.25 + 0.5
+    expected = [Image.fromarray(image[..., 0]).resize((14, 14), 2) for image in images]
+    np.testing.assert_allclose(255 * whole, np.stack(expected), atol=1.01)  # Pillow rounds twice

@@ -1,0 +1,236 @@
+"""Encoded pictures to arrays: decoding, and the crops that networks are trained and tested on."""
+
+import io
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import IO
+
+import numpy as np
+from PIL import ExifTags, Image
+from PIL.BmpImagePlugin import BmpImageFile
+from PIL.JpegImagePlugin import JpegImageFile
+from PIL.PngImagePlugin import PngImageFile
+from PIL.WebPImagePlugin import WebPImageFile
+
+from flaxnets.errors import InputError
+
+# Imported for Pillow to know them; for anything else it would look through all it can read.
+KINDS = (JpegImageFile, PngImageFile, WebPImageFile, BmpImageFile)
+FORMATS = [str(kind.format) for kind in KINDS]
+MODES = {1: "L", 3: "RGB"}  # Pillow's names, by the number of channels
+# Part of a picture in pixels, not necessarily whole ones: left, top, right, bottom.
+Box = tuple[float, float, float, float]
+
+# A JPEG may be decoded at 1/2, 1/4 or 1/8, which is faster, as long as that leaves at least so many
+# pixels a side for each one of the result; with 2 it can hardly be seen (Pillow, `reducing_gap`).
+PIXELS_FOR_ONE = 2.0
+# The side of the crops to which He et al. (2015) and Simonyan and Zisserman (2014) give scales.
+REFERENCE_CROP = 224
+UPRIGHT = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+
+
+def open_image(file: Path | IO[bytes]) -> Image.Image:
+    """A JPEG, PNG, WebP or BMP picture of which no more than the header is read.
+
+    Raises:
+      ValueError: it is none of them; the message is the reason, in a line.
+    """
+    try:
+        return Image.open(file, formats=FORMATS)
+    except Exception as error:
+        raise ValueError(_reason(error)) from error
+
+
+def decode_image(
+    data: bytes, channels: int, at_least: tuple[float, float] | None = None
+) -> Image.Image:
+    """A JPEG, PNG, WebP or BMP picture, upright, in mode "L" (1 channel) or "RGB" (3).
+
+    Opacity is dropped, and the colours that are stored under it stay, as in torchvision's loader;
+    16 bits a channel become 8; of an animation it is the first picture.
+
+    Args:
+      data: the file's content.
+      channels: 1 or 3.
+      at_least: width and height that are enough; a JPEG may come out at 1/2, 1/4 or 1/8 of its
+        size, but not smaller than this.
+
+    Raises:
+      ValueError: it cannot be read, or not to its end; the message is the reason, in a line.
+    """
+    return _decode(open_image(io.BytesIO(data)), channels, at_least)
+
+
+def decode_crop(
+    data: bytes,
+    channels: int,
+    height: int,
+    width: int,
+    draw: Callable[[int, int], Box],
+    mirrored: bool = False,
+) -> np.ndarray:
+    """One part of a picture, resized: uint8 `(height, width, channels)`.
+
+    As `decode_image` and a crop, but faster for big JPEGs, of which only the detail that is needed
+    is decoded.
+
+    Args:
+      draw: chooses the part; it is told the picture's width and height.
+      mirrored: left to right.
+
+    Raises:
+      ValueError: as `decode_image`.
+    """
+    image = open_image(io.BytesIO(data))
+    whole_width, whole_height = image.size
+    if _is_sideways(_orientation(image)):
+        whole_width, whole_height = whole_height, whole_width
+    box = left, top, right, bottom = draw(whole_width, whole_height)
+    scale = PIXELS_FOR_ONE * max(width / (right - left), height / (bottom - top))
+    image = _decode(image, channels, (scale * whole_width, scale * whole_height))
+    if image.size != (whole_width, whole_height):
+        x, y = image.width / whole_width, image.height / whole_height
+        box = (left * x, top * y, min(right * x, image.width), min(bottom * y, image.height))
+    return _cut(image, box, height, width, mirrored)
+
+
+def fit(image: Image.Image, height: int, width: int, fraction: float = 1.0) -> np.ndarray:
+    """The centre of a picture, resized: uint8 `(height, width, channels)`.
+
+    It covers `fraction` of the side that limits it: 0.875 is the usual 224 pixels of 256. The
+    resampling is bilinear with antialiasing, here and in the other crops.
+    """
+    return _cut(image, fit_box(*image.size, height, width, fraction), height, width)
+
+
+def random_resized_crop(
+    rng: np.random.Generator,
+    image: Image.Image,
+    height: int,
+    width: int,
+    scale: tuple[float, float] = (0.08, 1.0),
+    ratio: tuple[float, float] = (3 / 4, 4 / 3),
+) -> np.ndarray:
+    """Szegedy et al. (2014), section 6, as torchvision does it: uint8 `(height, width, channels)`.
+
+    Args:
+      scale: range of the crop's share of the area, uniform.
+      ratio: range of its width / height, uniform in the logarithm.
+    """
+    return _cut(image, resized_box(rng, *image.size, scale, ratio), height, width)
+
+
+def random_scaled_crop(
+    rng: np.random.Generator,
+    image: Image.Image,
+    size: int,
+    shorter: tuple[float, float] = (256, 480),
+) -> np.ndarray:
+    """He et al. (2015), section 3.4: uint8 `(size, size, channels)`.
+
+    A crop from the picture scaled so that its shorter side is uniform in `shorter`, which is given
+    for crops of 224 pixels and applies to others in proportion.
+    """
+    return _cut(image, scaled_box(rng, *image.size, shorter), size, size)
+
+
+def fit_box(width: int, height: int, new_height: int, new_width: int, fraction: float) -> Box:
+    """What `fit` cuts out of a picture of `width` x `height`."""
+    scale = fraction * min(width / new_width, height / new_height)
+    left = max(0.0, (width - scale * new_width) / 2)
+    top = max(0.0, (height - scale * new_height) / 2)
+    return left, top, width - left, height - top
+
+
+def resized_box(
+    rng: np.random.Generator,
+    width: int,
+    height: int,
+    scale: tuple[float, float] = (0.08, 1.0),
+    ratio: tuple[float, float] = (3 / 4, 4 / 3),
+) -> Box:
+    """What `random_resized_crop` cuts out of a picture of `width` x `height`."""
+    narrowest, widest = ratio
+    for _ in range(10):
+        area = width * height * rng.uniform(*scale)
+        aspect = math.exp(rng.uniform(math.log(narrowest), math.log(widest)))
+        box_width, box_height = round(math.sqrt(area * aspect)), round(math.sqrt(area / aspect))
+        if 0 < box_width <= width and 0 < box_height <= height:
+            left = int(rng.integers(width - box_width + 1))
+            top = int(rng.integers(height - box_height + 1))
+            return left, top, left + box_width, top + box_height
+    box_width, box_height = min(width, height * widest), min(height, width / narrowest)
+    left, top = (width - box_width) / 2, (height - box_height) / 2
+    return left, top, left + box_width, top + box_height
+
+
+def scaled_box(
+    rng: np.random.Generator, width: int, height: int, shorter: tuple[float, float] = (256, 480)
+) -> Box:
+    """What `random_scaled_crop` cuts out of a picture of `width` x `height`."""
+    side = min(width, height) * REFERENCE_CROP / rng.uniform(*shorter)
+    left, top = rng.uniform(0, width - side), rng.uniform(0, height - side)
+    return left, top, left + side, top + side
+
+
+def _decode(image: Image.Image, channels: int, at_least: tuple[float, float] | None) -> Image.Image:
+    if channels not in MODES:
+        raise InputError(f"pictures are read with 1 or 3 channels, not {channels}")
+    orientation = _orientation(image)
+    try:
+        if at_least:
+            width, height = map(math.ceil, at_least)
+            image.draft(None, (height, width) if _is_sideways(orientation) else (width, height))
+        image.load()
+        image = _converted(image, MODES[channels])
+    except Exception as error:
+        raise ValueError(_reason(error)) from error
+    return image.transpose(UPRIGHT[orientation]) if orientation in UPRIGHT else image
+
+
+def _orientation(image: Image.Image) -> int:
+    try:
+        # Not that of PNG's own class, which decodes the picture.
+        return Image.Image.getexif(image).get(ExifTags.Base.Orientation, 1)
+    except Exception:  # the picture itself may still be good
+        return 1
+
+
+def _is_sideways(orientation: int) -> bool:
+    return orientation in (5, 6, 7, 8)
+
+
+def _converted(image: Image.Image, mode: str) -> Image.Image:
+    if image.mode.startswith("I"):
+        # Pillow would make everything above 255 white.
+        image = Image.fromarray(np.clip(np.asarray(image) // 256, 0, 255).astype(np.uint8))
+    if image.mode == "P" and "transparency" in image.info:
+        image = image.convert("RGBA")  # it warns of the direct way
+    return image if image.mode == mode else image.convert(mode)
+
+
+def _cut(
+    image: Image.Image, box: Box, height: int, width: int, mirrored: bool = False
+) -> np.ndarray:
+    image = image.resize((width, height), Image.Resampling.BILINEAR, box=box)
+    if mirrored:
+        image = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
+    array = np.array(image)
+    return array if array.ndim == 3 else array[..., None]
+
+
+def _reason(error: Exception) -> str:
+    if isinstance(error, Image.UnidentifiedImageError):
+        return "not a JPEG, PNG, WebP or BMP picture"
+    if isinstance(error, OSError) and error.strerror:
+        return error.strerror
+    return " ".join(str(error).split()) or type(error).__name__

@@ -1,0 +1,559 @@
+"""Data bigger than memory: pictures that are read, decoded and cropped while a network trains.
+
+Worker processes import the script that was started once more, so it must start its work under
+`if __name__ == "__main__":`.
+"""
+
+import atexit
+import hashlib
+import math
+import os
+import signal
+import threading
+import weakref
+from collections.abc import Generator, Sequence
+from contextlib import closing
+from dataclasses import dataclass
+from functools import cached_property, partial
+from multiprocessing import parent_process, resource_tracker
+from multiprocessing.shared_memory import SharedMemory
+from pathlib import Path
+from typing import Any, Protocol
+
+import grain
+import numpy as np
+import tensorflow_datasets as tfds
+from absl import flags
+
+from flaxnets.data.batches import Augmentation, Preprocess
+from flaxnets.data.datasets import Dataset, Split, channel_statistics, find_dataset
+from flaxnets.data.images import decode_crop, fit_box, resized_box, scaled_box
+from flaxnets.errors import InputError
+
+CROPS = ("resized", "scaled", "fixed", "none")
+LOADED_TOGETHER = 64
+# As many batches as Grain has on their way from a worker.
+SLOTS_OF_A_WORKER = 5
+
+
+class Source(Protocol):
+    """Encoded pictures with labels, in a fixed order. Sources can be pickled.
+
+    Attributes:
+      labels: int32 `(n,)`, or None where all examples would have to be read for them.
+    """
+
+    @property
+    def labels(self) -> np.ndarray | None: ...
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, index: int) -> tuple[bytes, int]:
+        """A picture as it is stored, and its label.
+
+        Raises:
+          InputError: it cannot be read.
+        """
+        ...
+
+    def name(self, index: int) -> str:
+        """Where the user finds an example."""
+        ...
+
+    def fingerprint(self) -> str:
+        """sha256 over what tells that the examples changed, without reading them all."""
+        ...
+
+
+@dataclass(frozen=True)
+class StreamedDataset:
+    """A data set of encoded pictures, of any sizes, that is not in memory.
+
+    Attributes:
+      channels: 1 if all pictures are grey, else 3.
+      skipped: the names of those that cannot be read and were left out.
+    """
+
+    name: str
+    version: str
+    class_names: tuple[str, ...]
+    train: Source
+    test: Source
+    channels: int
+    skipped: tuple[str, ...] = ()
+
+    @property
+    def num_classes(self) -> int:
+        return len(self.class_names)
+
+    def fingerprint(self) -> str:
+        """sha256 over the names, sizes and labels of all files, or a TFDS data set's version and
+        counts, so that a study can tell whether its data changed."""
+        parts = (*self.class_names, self.train.fingerprint(), self.test.fingerprint())
+        return hashlib.sha256("\0".join(parts).encode(errors="surrogateescape")).hexdigest()
+
+
+@dataclass(frozen=True, eq=False)
+class Subset:
+    """The examples `rows`, an array of indices, of a source."""
+
+    source: Source
+    rows: np.ndarray
+
+    @property
+    def labels(self) -> np.ndarray | None:
+        return None if self.source.labels is None else self.source.labels[self.rows]
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, index: int) -> tuple[bytes, int]:
+        return self.source[int(self.rows[index])]
+
+    def name(self, index: int) -> str:
+        return self.source.name(int(self.rows[index]))
+
+    def fingerprint(self) -> str:
+        digest = hashlib.sha256(self.source.fingerprint().encode())
+        digest.update(np.asarray(self.rows, np.int64).tobytes())
+        return digest.hexdigest()
+
+
+@dataclass(frozen=True)
+class TfdsSource:
+    """A split of a data set that TFDS prepared as array_record in `directory`."""
+
+    directory: str
+    split: str
+    image_key: str
+    label_key: str
+    size: int
+
+    @property
+    def labels(self) -> None:
+        return None
+
+    def __len__(self) -> int:
+        return self.size
+
+    def __getitem__(self, index: int) -> tuple[bytes, int]:
+        try:
+            example = self._records[index]
+        except (RuntimeError, IndexError, OSError) as error:
+            raise InputError(
+                f"{self.directory} is damaged ({error}); delete it and prepare it again"
+            ) from error
+        data, label = example[self.image_key], example[self.label_key]
+        if data is None or label is None:
+            raise InputError(f"{self.name(index)} is damaged; delete all and prepare it again")
+        if label < 0:
+            raise InputError(f"{self.name(index)} has no label; choose another data set")
+        return data, int(label)
+
+    def name(self, index: int) -> str:
+        return f"example {index} of {self.split} in {self.directory}"
+
+    def fingerprint(self) -> str:
+        builder = tfds.builder_from_directory(self.directory)
+        words = (builder.name, str(builder.version), self.split, str(self.size))
+        return hashlib.sha256("\0".join(words).encode()).hexdigest()
+
+    @cached_property
+    def _records(self) -> Any:
+        # Not the builder it was found with: that one's class may not be found in another process.
+        builder: Any = tfds.builder_from_directory(self.directory)
+        decoders = {self.image_key: tfds.decode.SkipDecoding()}
+        return builder.as_data_source(split=self.split, decoders=decoders)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: value for name, value in self.__dict__.items() if name != "_records"}
+
+
+def find_tfds_stream(name: str, data_dir: str | Path | None = None) -> StreamedDataset:
+    """Look a data set up that TFDS has prepared, with pictures of any sizes.
+
+    Args:
+      name: as TFDS knows it, such as `imagenette`.
+      data_dir: where TFDS keeps its data sets; its own default, `~/tensorflow_datasets`, if None.
+
+    Raises:
+      InputError: as `find_dataset`, or there are no labels.
+    """
+    info = find_dataset(name, data_dir)
+    builder = info.builder
+
+    def source(split: str) -> TfdsSource:
+        count = builder.info.splits[split].num_examples
+        return TfdsSource(str(builder.data_path), split, info.image_key, info.label_key, count)
+
+    train, test = source("train"), source(info.test_split)
+    for split in (train, test):
+        split[0]  # where labels are hidden, all are
+    return StreamedDataset(
+        name=name,
+        version=str(builder.version),
+        class_names=info.class_names,
+        train=train,
+        test=test,
+        channels=1 if builder.info.features[info.image_key].shape[-1] == 1 else 3,
+    )
+
+
+def hold_out(labels: np.ndarray | int, count: int, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
+    """Training and validation rows, `count` of the latter: fixed, random, in ascending order.
+
+    Args:
+      labels: of all rows, of which each class gives its share; or how many rows there are.
+
+    Raises:
+      InputError: one of the two would be empty.
+    """
+    total = labels if isinstance(labels, int) else len(labels)
+    if not 0 < count < total:
+        raise InputError(
+            f"{count} of {total} training examples cannot be held out; "
+            f"hold out between 1 and {total - 1}"
+        )
+    order = np.random.RandomState(seed).permutation(total)
+    if not isinstance(labels, int):
+        # Each at its place in its own class, from 0 to 1; the first of all classes come first.
+        place = np.empty(total)
+        for label in np.unique(labels):
+            members = np.flatnonzero(labels[order] == label)
+            place[members] = (np.arange(len(members)) + 0.5) / len(members)
+        order = order[np.argsort(place, kind="stable")]
+    return np.sort(order[count:]), np.sort(order[:count])
+
+
+@dataclass(frozen=True)
+class TrainStream:
+    """Batches of randomly cropped pictures, each a function of the seed and the step alone.
+
+    Attributes:
+      image_size: height and width of the crops in pixels.
+      channels: 1 or 3.
+      crop: "resized" (Szegedy et al. 2014), "scaled" (He et al. 2015), "fixed" (as "scaled", from
+        a shorter side of 256 for crops of 224), or "none" for all that fits around the centre.
+      flip: whether half of the crops are mirrored left to right.
+      workers: processes that prepare batches; with 0 it is done by threads of this one.
+
+    Raises:
+      InputError: one of them is out of its range, or there are fewer examples than a batch takes.
+    """
+
+    source: Source
+    image_size: int
+    channels: int
+    crop: str
+    flip: bool
+    batch_size: int
+    seed: int
+    workers: int = 0
+
+    def __post_init__(self) -> None:
+        if self.crop not in CROPS:
+            raise InputError(f"crop is one of {', '.join(CROPS)}, not {self.crop!r}")
+        if min(self.image_size, self.batch_size) < 1 or min(self.seed, self.workers) < 0:
+            raise InputError(
+                f"image_size {self.image_size} and batch_size {self.batch_size} have to be above "
+                f"0, seed {self.seed} and workers {self.workers} not below"
+            )
+        if self.batch_size > len(self.source):
+            raise InputError(
+                f"a batch of {self.batch_size} is more than the {len(self.source)} training "
+                f"examples; make it {len(self.source)} at most"
+            )
+
+    @property
+    def steps_per_epoch(self) -> int:
+        return len(self.source) // self.batch_size
+
+    def batches(self, step: int, total_steps: int) -> Generator[Split]:
+        """The batches of steps `step`, `step + 1`, ... `total_steps - 1`, counted over all epochs.
+
+        Images uint8 `(batch, image_size, image_size, channels)`, labels int32 `(batch,)`. Each
+        epoch has its own order; the examples left over at its end are dropped. Close the iterator
+        to stop before its end: it ends the threads or workers.
+
+        Raises:
+          InputError: on the way, a picture cannot be read; it is named.
+        """
+        epochs = max(1, -(-total_steps // self.steps_per_epoch))
+        examples = (
+            grain.MapDataset.range(len(self.source))
+            .seed(self.seed)
+            .shuffle()
+            .slice(slice(self.steps_per_epoch * self.batch_size))
+            .random_map(_TrainExample(self))
+            .repeat(epochs)
+        )
+        shape = (self.batch_size, self.image_size, self.image_size, self.channels)
+        return _closed_at_exit(_batches(examples, shape, step, total_steps, self.workers))
+
+
+def eval_batches(
+    source: Source,
+    image_size: int,
+    channels: int,
+    fraction: float,
+    batch_size: int,
+    workers: int = 0,
+) -> Generator[tuple[Split, np.ndarray]]:
+    """All examples once, in order, each as `flaxnets.data.images.fit` cuts it out.
+
+    Batches as those of `TrainStream`, with weights bool `(batch,)`; the last batch is filled up
+    with zeros, whose weights are False.
+
+    Raises:
+      InputError: on the way, a picture cannot be read; it is named.
+    """
+    examples = grain.MapDataset.range(len(source))
+    examples = examples.map(_EvalExample(source, image_size, channels, fraction))
+    shape = (batch_size, image_size, image_size, channels)
+    steps = -(-len(source) // batch_size)
+
+    def weighted() -> Generator[tuple[Split, np.ndarray]]:
+        with closing(_batches(examples, shape, 0, steps, workers)) as batches:
+            for i, batch in enumerate(batches):
+                yield batch, np.arange(batch_size) < len(source) - i * batch_size
+
+    return _closed_at_exit(weighted())
+
+
+def load_in_memory(streamed: StreamedDataset, image_size: int, fraction: float) -> Dataset:
+    """All pictures as `flaxnets.data.images.fit` cuts them out.
+
+    Raises:
+      InputError: a picture cannot be read; it is named.
+    """
+
+    def load(source: Source) -> Split:
+        shape = (len(source), image_size, image_size, streamed.channels)
+        split = Split(np.empty(shape, np.uint8), np.empty(len(source), np.int32))
+        start = 0
+        for batch, weights in eval_batches(source, *shape[2:], fraction, LOADED_TOGETHER):
+            stop = start + int(weights.sum())
+            for all_of, some in zip(split, batch, strict=True):
+                all_of[start:stop] = some[: stop - start]
+            start = stop
+        return split
+
+    train = load(streamed.train)
+    statistics = channel_statistics(train.images)
+    return Dataset(
+        name=streamed.name,
+        version=streamed.version,
+        class_names=streamed.class_names,
+        train=train,
+        test=load(streamed.test),
+        preprocess=Preprocess((image_size, image_size, streamed.channels), *statistics),
+        # 4 pixels of 32 in He et al. (2015), section 4.2; whether classes survive a mirror is not
+        # known.
+        augmentation=Augmentation(pad=image_size // 8, flip=False),
+    )
+
+
+@dataclass(frozen=True)
+class _TrainExample:
+    """An example by its index, cropped at random."""
+
+    stream: TrainStream
+
+    def __call__(self, index: int, rng: np.random.Generator) -> Split:
+        stream = self.stream
+        size = stream.image_size
+        mirrored = stream.flip and rng.random() < 0.5
+        draw = {
+            "resized": partial(resized_box, rng),
+            "scaled": partial(scaled_box, rng),
+            "fixed": partial(scaled_box, rng, shorter=(256, 256)),
+            "none": partial(fit_box, new_height=size, new_width=size, fraction=1.0),
+        }[stream.crop]
+        return _read(stream.source, index, stream.channels, size, draw, mirrored)
+
+
+@dataclass(frozen=True)
+class _EvalExample:
+    """An example by its index, its centre."""
+
+    source: Source
+    image_size: int
+    channels: int
+    fraction: float
+
+    def __call__(self, index: int) -> Split:
+        size = self.image_size
+        draw = partial(fit_box, new_height=size, new_width=size, fraction=self.fraction)
+        return _read(self.source, index, self.channels, size, draw)
+
+
+def _read(
+    source: Source, index: int, channels: int, size: int, draw: Any, mirrored: bool = False
+) -> Split:
+    data, label = source[index]
+    try:
+        return Split(decode_crop(data, channels, size, size, draw, mirrored), label)
+    except ValueError as error:
+        raise InputError(
+            f"{source.name(index)} cannot be read ({error}); replace it or take it away"
+        ) from error
+
+
+def _stack(examples: Sequence[Split], images: np.ndarray) -> Split:
+    """A batch in `images`, which is filled up with zeros where it takes more than `examples`."""
+    count = len(examples)
+    labels = np.zeros(len(images), np.int32)
+    labels[:count] = [example.labels for example in examples]
+    np.stack([example.images for example in examples], out=images[:count])
+    images[count:] = 0
+    return Split(images, labels)
+
+
+def _batches(
+    examples: grain.MapDataset, shape: tuple[int, ...], start: int, stop: int, workers: int
+) -> Generator[Split]:
+    """The batches from `start` to `stop` of `examples`, read ahead; `shape` is that of images."""
+    if start >= stop:
+        return
+    if not flags.FLAGS.is_parsed():
+        flags.FLAGS.mark_as_parsed()  # Grain has flags of its own, which hardly anyone gives
+    read = _read_with_workers if workers else _read_with_threads
+    try:
+        yield from read(examples, shape, start, stop, workers)
+    except InputError as error:
+        raise InputError(*error.args) from error.__cause__  # without notes of Grain's
+
+
+def _read_with_threads(
+    examples: grain.MapDataset, shape: tuple[int, ...], start: int, stop: int, _: int
+) -> Generator[Split]:
+    def stack(examples: Sequence[Split]) -> Split:
+        return _stack(examples, np.empty(shape, np.uint8))
+
+    # One picture at a time for each thread: the first batch is there soon, and closing is fast.
+    threads = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 4
+    ahead = grain.ReadOptions(threads, prefetch_buffer_size=max(2 * shape[0], threads))
+    examples = examples.slice(slice(start * shape[0], stop * shape[0]))
+    batches = iter(examples.to_iter_dataset(ahead).batch(shape[0], batch_fn=stack))
+    try:
+        yield from batches
+    finally:
+        batches.close()
+
+
+def _read_with_workers(
+    examples: grain.MapDataset, shape: tuple[int, ...], start: int, stop: int, workers: int
+) -> Generator[Split]:
+    workers = min(workers, stop - start)
+    slots = _Slots.create(shape, SLOTS_OF_A_WORKER * workers)
+    # Workers take turns at whole batches, so that the number of them changes nothing.
+    batches = iter(
+        examples.batch(shape[0], batch_fn=slots.send)
+        .slice(slice(start, stop))
+        .to_iter_dataset(grain.ReadOptions(num_threads=0, prefetch_buffer_size=0))
+        .mp_prefetch(grain.MultiprocessingOptions(workers), worker_init_fn=_begin_worker)
+    )
+    try:
+        # Workers begin with the first batch, and inherit this. Ctrl-C reaches every process of the
+        # terminal, and what is to stop then is for the first of them to say.
+        resource_tracker.ensure_running()  # which would undo it
+        mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+        try:
+            batch = next(batches, None)
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+        while batch is not None:
+            batch = slots.receive(batch)
+            yield batch
+            batch = next(batches, None)
+    except RuntimeError as error:
+        if "exit code" not in str(error):
+            raise
+        raise InputError(
+            f"a worker ended before its work was done ({' '.join(str(error).split())}); "
+            "use fewer workers, or more shared memory (/dev/shm), or none with 0 workers"
+        ) from error
+    finally:
+        batches.close()
+        slots.memory.close()
+        slots.memory.unlink()
+
+
+@dataclass(frozen=True)
+class _Slots:
+    """Memory that workers share with the first process, for the images of some batches.
+
+    Each worker has slots of its own, and uses them again when they have been emptied: new shared
+    memory, which Grain takes for each batch, costs as much time as a tenth of decoding.
+    """
+
+    memory: SharedMemory
+    shape: tuple[int, ...]
+    number: int
+
+    @classmethod
+    def create(cls, shape: tuple[int, ...], number: int) -> "_Slots":
+        try:
+            memory = SharedMemory(create=True, size=number + number * math.prod(shape))
+        except OSError as error:
+            raise InputError(
+                f"there is no shared memory for workers ({error.strerror}); use fewer, or 0"
+            ) from error
+        return cls(memory, shape, number)
+
+    def send(self, examples: Sequence[Split]) -> Split:
+        """A batch, in a worker; a slot's number takes the place of images if one is free."""
+        full = self._full
+        for slot in range(_worker[0], self.number, _worker[1]):
+            if not full[slot]:
+                batch = _stack(examples, self._images(slot))
+                full[slot] = True
+                return Split(slot, batch.labels)
+        return _stack(examples, np.empty(self.shape, np.uint8))
+
+    def receive(self, batch: Split) -> Split:
+        """The batch that was sent, in memory of this process alone."""
+        if not isinstance(batch.images, int):
+            return Split(np.array(batch.images), np.array(batch.labels))
+        images = self._images(batch.images).copy()
+        self._full[batch.images] = False
+        return Split(images, np.array(batch.labels))
+
+    # Views are made for each use, since memory with any on it cannot be closed.
+
+    @property
+    def _full(self) -> np.ndarray:
+        return np.ndarray(self.number, bool, self.memory.buf)
+
+    def _images(self, slot: int) -> np.ndarray:
+        offset = self.number + slot * math.prod(self.shape)
+        return np.ndarray(self.shape, np.uint8, self.memory.buf, offset)
+
+
+# Of a worker process: its number, and how many there are.
+_worker = (0, 1)
+
+
+def _begin_worker(index: int, count: int) -> None:
+    global _worker
+    _worker = (index, count)
+    threading.Thread(target=_follow_parent, daemon=True).start()
+
+
+def _follow_parent() -> None:
+    """A process that is killed cannot stop its workers, which would wait for ever."""
+    parent: Any = parent_process()
+    parent.join()
+    os._exit(1)
+
+
+def _closed_at_exit(batches: Generator[Any]) -> Generator[Any]:
+    """For those whom nobody closes before: when the interpreter drops them, too much is gone."""
+    atexit.register(_close, weakref.ref(batches))
+    return batches
+
+
+def _close(reference: Any) -> None:
+    batches = reference()
+    if batches is not None:
+        batches.close()

@@ -1,0 +1,445 @@
+import multiprocessing
+import os
+import pickle
+import signal
+import subprocess
+import sys
+import threading
+import time
+from contextlib import closing
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from flaxnets import InputError
+from flaxnets.data import Split
+from flaxnets.data.datasets import channel_statistics
+from flaxnets.data.folder import find_folder
+from flaxnets.data.images import decode_image, fit
+from flaxnets.data.stream import (
+    CROPS,
+    Subset,
+    TrainStream,
+    eval_batches,
+    find_tfds_stream,
+    hold_out,
+    load_in_memory,
+)
+from tests.conftest import ROOT
+from tests.data.test_datasets import make_dataset, random_images
+
+
+@pytest.fixture(scope="module")
+def pictures(tmp_path_factory):
+    """23 to train and 7 to test, of several formats and sizes."""
+    folder = tmp_path_factory.mktemp("pictures")
+    rng = np.random.RandomState(0)
+    for i in range(30):
+        size = rng.randint(12, 40, 2)
+        pixels = rng.randint(0, 256, (*size, 3)).astype(np.uint8)
+        suffix, options = [("jpg", {"quality": 95}), ("png", {}), ("webp", {"lossless": True})][
+            i % 3
+        ]
+        path = folder / ("train" if i < 23 else "test") / "abc"[i % 3] / f"{i}.{suffix}"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(pixels).save(path, **options)
+    return find_folder(folder)
+
+
+def make_stream(source, workers=0, **changes):
+    settings = {"image_size": 8, "channels": 3, "crop": "resized", "flip": True} | changes
+    return TrainStream(source, **({"batch_size": 5, "seed": 3} | settings), workers=workers)
+
+
+def same(batches, others) -> bool:
+    batches, others = list(batches), list(others)
+    assert len(batches) == len(others)
+    return all(
+        (a.images == b.images).all() and (a.labels == b.labels).all()
+        for a, b in zip(batches, others, strict=True)
+    )
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+@pytest.mark.parametrize("crop", CROPS)
+def test_batches_have_the_shapes_that_were_asked_for(pictures, crop, channels):
+    stream = make_stream(pictures.train, crop=crop, channels=channels)
+    assert stream.steps_per_epoch == 4
+    batches = list(stream.batches(0, 6))
+    assert len(batches) == 6
+    for batch in batches:
+        assert isinstance(batch, Split)
+        assert batch.images.shape == (5, 8, 8, channels)
+        assert (batch.images.dtype, batch.labels.dtype) == (np.uint8, np.int32)
+        assert batch.labels.shape == (5,)
+        assert len({image.tobytes() for image in batch.images}) == 5
+
+
+def test_a_run_continues_anywhere_bit_for_bit(pictures):
+    stream = make_stream(pictures.train)
+    whole = list(stream.batches(0, 11))
+    for step in (1, 3, 4, 5, 9, 10):
+        assert same(stream.batches(step, 11), whole[step:])
+    assert same(make_stream(pictures.train).batches(2, 7), whole[2:7])
+    assert list(stream.batches(11, 11)) == list(stream.batches(12, 11)) == []
+
+
+def test_seeds_and_epochs_differ(pictures):
+    first = list(make_stream(pictures.train).batches(0, 8))
+    other = list(make_stream(pictures.train, seed=4).batches(0, 8))
+    assert not same(first[:4], first[4:])
+    assert not same(first, other)
+    # Nor is an epoch of one seed that of another.
+    assert not same(first[4:], other[:4])
+
+
+def test_each_epoch_takes_each_example_at_most_once(pictures):
+    class Counting:
+        """The place in the source is the label."""
+
+        def __len__(self):
+            return len(pictures.train)
+
+        def __getitem__(self, index):
+            return pictures.train[index][0], index
+
+        def name(self, index):
+            return ""
+
+    batches = list(make_stream(Counting(), flip=False).batches(0, 40))
+    epochs = [
+        [label for batch in batches[start : start + 4] for label in batch.labels.tolist()]
+        for start in range(0, 40, 4)
+    ]
+    for epoch in epochs:
+        assert len(set(epoch)) == 20
+    assert len(set(map(tuple, epochs))) == 10
+    # It is not always the same three that are left over.
+    assert set().union(*epochs) == set(range(23))
+
+
+def test_crops_and_mirrors_are_random_for_each_example_and_epoch(pictures):
+    one = Subset(pictures.train, np.array([4]))
+    for settings, least in [
+        ({"crop": "resized", "flip": False}, 30),
+        ({"crop": "scaled", "flip": False}, 30),
+        ({"crop": "fixed", "flip": False}, 30),
+        ({"crop": "none", "flip": True}, 2),
+        ({"crop": "none", "flip": False}, 1),
+    ]:
+        batches = make_stream(one, batch_size=1, **settings).batches(0, 40)
+        seen = {batch.images.tobytes() for batch in batches}
+        assert least <= len(seen) <= (40 if least > 2 else least)
+    centre = fit(decode_image(one[0][0], 3), 8, 8)
+    batches = make_stream(one, batch_size=1, crop="none").batches(0, 40)
+    mirrored = [(batch.images[0] == centre[:, ::-1]).all() for batch in batches]
+    assert 8 < sum(mirrored) < 32
+
+
+def grain_threads() -> list[str]:
+    return [thread.name for thread in threading.enumerate() if "grain" in thread.name]
+
+
+def test_closing_in_the_middle_is_quick_and_leaves_nothing(pictures):
+    batches = make_stream(pictures.train).batches(0, 10**6)
+    next(batches)
+    assert grain_threads()
+    begun = time.monotonic()
+    batches.close()
+    while grain_threads() and time.monotonic() < begun + 2:
+        time.sleep(0.01)
+    assert not grain_threads()
+    with pytest.raises(StopIteration):
+        next(batches)
+
+
+def test_worker_processes_change_nothing(pictures):
+    expected = list(make_stream(pictures.train).batches(2, 11))
+    before = set(multiprocessing.active_children())
+    with closing(make_stream(pictures.train, workers=2).batches(2, 10**6)) as batches:
+        received = [next(batches) for _ in range(9)]
+        workers = set(multiprocessing.active_children()) - before
+        assert len(workers) == 2
+        begun = time.monotonic()
+    assert time.monotonic() - begun < 3
+    assert not any(worker.is_alive() for worker in workers)
+    assert not grain_threads()
+    assert same(received, expected)
+    # Not a view of memory that is shared with a process that has ended.
+    assert all(type(array) is np.ndarray for batch in received for array in batch)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("slots", [1, 5])
+def test_any_number_of_workers_changes_nothing(pictures, monkeypatch, slots):
+    monkeypatch.setattr("flaxnets.data.stream.SLOTS_OF_A_WORKER", slots)
+    expected = list(make_stream(pictures.train).batches(0, 11))
+    assert same(make_stream(pictures.train, workers=1).batches(0, 11), expected)
+    assert same(make_stream(pictures.train, workers=3).batches(6, 11), expected[6:])
+    assert same(make_stream(pictures.train, workers=3).batches(9, 11), expected[9:])
+    settings = (pictures.test, 8, 3, 0.875, 3)
+    for (a, weights), (b, expected_weights) in zip(
+        eval_batches(*settings, workers=2), eval_batches(*settings), strict=True
+    ):
+        assert same([a], [b])
+        assert (weights == expected_weights).all()
+
+
+@pytest.mark.slow
+def test_workers_read_prepared_data_sets(tmp_path):
+    make_dataset(tmp_path, random_images(*[(5 + i, 7, 3) for i in range(6)]), [0, 1, 2] * 2)
+    source = find_tfds_stream("made", tmp_path).train
+    expected = make_stream(source, batch_size=3).batches(0, 3)
+    assert same(make_stream(source, 1, batch_size=3).batches(0, 3), expected)
+
+
+@pytest.mark.slow
+def test_a_worker_that_dies_is_told_in_a_line(pictures):
+    with closing(make_stream(pictures.train, workers=1).batches(0, 10**6)) as batches:
+        before = set(multiprocessing.active_children())
+        next(batches)
+        for worker in set(multiprocessing.active_children()) - before:
+            worker.kill()
+        with pytest.raises(InputError, match=r"a worker ended .*exit code -9.*use fewer workers"):
+            list(batches)
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_picture_that_cannot_be_decoded_is_named(tmp_path, workers):
+    noise = np.random.RandomState(0).randint(0, 256, (40, 40, 3)).astype(np.uint8)
+    for label in "ab":
+        (tmp_path / label).mkdir()
+        for i in range(6):
+            Image.fromarray(noise).save(tmp_path / label / f"{i}.jpg")
+    dataset = find_folder(tmp_path)
+    path = dataset.train.name(2)
+    with open(path, "r+b") as file:
+        file.truncate(1500)
+    expected = rf"^{path} cannot be read \(image file is truncated.*\); replace it or take it away$"
+    with pytest.raises(InputError, match=expected):
+        list(make_stream(dataset.train, workers).batches(0, 2))
+    if not workers:
+        with pytest.raises(InputError, match=expected):
+            list(eval_batches(dataset.train, 8, 3, 1.0, 3))
+        with pytest.raises(InputError, match=expected):
+            load_in_memory(dataset, 8, 1.0)
+        os.remove(path)
+        with pytest.raises(InputError, match=rf"^{path} cannot be read \(No such file"):
+            list(make_stream(dataset.train).batches(0, 2))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"crop": "random"}, "crop is one of resized, scaled, fixed, none, not 'random'"),
+        ({"batch_size": 24}, "a batch of 24 is more than the 23 training examples"),
+        ({"batch_size": 0}, "batch_size 0 have to be above 0"),
+        ({"image_size": 0}, "image_size 0 and"),
+        ({"seed": -1}, "seed -1 and"),
+        ({"workers": -1}, "workers -1 not below"),
+    ],
+)
+def test_settings_out_of_range_are_refused(pictures, changes, message):
+    with pytest.raises(InputError, match=message):
+        make_stream(pictures.train, **changes)
+
+
+def test_any_seed(pictures):
+    for seed in (0, 2**32 - 1, 2**32, 2**63 - 1):
+        assert len(list(make_stream(pictures.train, seed=seed).batches(3, 5))) == 2
+
+
+@pytest.mark.parametrize("batch_size", [1, 3, 7, 8])
+def test_evaluation_sees_all_in_order(pictures, batch_size):
+    batches = list(eval_batches(pictures.test, 9, 3, 0.875, batch_size))
+    weights = np.concatenate([weights for _, weights in batches])
+    assert weights.dtype == bool
+    assert weights.tolist() == [True] * 7 + [False] * (-7 % batch_size)
+    assert all(len(batch.images) == len(batch.labels) == batch_size for batch, _ in batches)
+    images = np.concatenate([batch.images for batch, _ in batches])
+    assert not images[7:].any()
+    expected = [fit(decode_image(pictures.test[i][0], 3), 9, 9, 0.875) for i in range(7)]
+    assert (images[:7] == np.stack(expected)).all()
+    labels = np.concatenate([batch.labels for batch, _ in batches])
+    assert (labels.dtype, labels[:7].tolist()) == (np.int32, pictures.test.labels.tolist())
+
+
+def test_load_in_memory(pictures):
+    dataset = load_in_memory(pictures, 16, 1.0)
+    assert (dataset.name, dataset.class_names) == (pictures.name, ("a", "b", "c"))
+    assert dataset.train.images.shape == (23, 16, 16, 3)
+    assert (dataset.train.labels == pictures.train.labels).all()
+    expected = fit(decode_image(pictures.test[6][0], 3), 16, 16)
+    assert (dataset.test.images[6] == expected).all()
+    assert dataset.preprocess.image_shape == (16, 16, 3)
+    statistics = dataset.preprocess.mean, dataset.preprocess.std
+    assert statistics == channel_statistics(dataset.train.images)
+    assert (dataset.augmentation.pad, dataset.augmentation.flip) == (2, False)
+
+
+def test_load_in_memory_in_several_batches(pictures, monkeypatch):
+    whole = load_in_memory(pictures, 8, 1.0)
+    monkeypatch.setattr("flaxnets.data.stream.LOADED_TOGETHER", 5)
+    assert load_in_memory(pictures, 8, 1.0).fingerprint() == whole.fingerprint()
+
+
+def test_subsets(pictures):
+    train, validation = hold_out(pictures.train.labels, 6)
+    subset = Subset(pictures.train, validation)
+    assert len(subset) == 6
+    assert (subset.labels == pictures.train.labels[validation]).all()
+    assert subset[2] == pictures.train[int(validation[2])]
+    assert subset.name(2) == pictures.train.name(int(validation[2]))
+    prints = {subset.fingerprint(), pictures.train.fingerprint()}
+    prints.add(Subset(pictures.train, train).fingerprint())
+    assert len(prints) == 3
+    again = pickle.loads(pickle.dumps(subset))
+    assert again.fingerprint() == subset.fingerprint()
+    assert again[0] == subset[0]
+    assert len(list(make_stream(subset).batches(0, 2))) == 2
+
+
+def test_hold_out():
+    labels = np.repeat(np.arange(4), (400, 40, 60, 100))
+    np.random.RandomState(1).shuffle(labels)
+    train, validation = hold_out(labels, 60)
+    assert sorted([*train, *validation]) == list(range(600))
+    for rows in (train, validation):
+        assert (np.diff(rows) > 0).all()
+    assert np.bincount(labels[validation]).tolist() == [40, 4, 6, 10]
+    again, other = hold_out(labels, 60), hold_out(labels, 60, seed=1)
+    assert (again[1] == validation).all()
+    assert (other[1] != validation).any()
+    # Without labels: all alike, and spread over the whole.
+    train, validation = hold_out(600, 60)
+    assert sorted([*train, *validation]) == list(range(600))
+    assert validation.min() < 50
+    assert validation.max() > 550
+    assert len(validation) == 60
+    # Fixed for ever: runs are continued with it.
+    assert hold_out(10, 3)[1].tolist() == [2, 4, 8]
+    assert hold_out(np.arange(10) % 2, 4)[1].tolist() == [1, 2, 8, 9]
+
+
+@pytest.mark.parametrize("count", [-1, 0, 10, 11])
+def test_hold_out_of_nothing_or_all_is_refused(count):
+    for labels in (10, np.zeros(10, np.int32)):
+        with pytest.raises(InputError, match=f"{count} of 10 .*hold out between 1 and 9"):
+            hold_out(labels, count)
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+def test_prepared_data_sets(tmp_path, channels):
+    images = random_images(*[(5 + i, 7, channels) for i in range(6)])
+    make_dataset(tmp_path, images, [0, 1, 2, 0, 1, 2])
+    dataset = find_tfds_stream("made", tmp_path)
+    assert (dataset.name, dataset.version) == ("made", "1.0.0")
+    assert dataset.class_names == ("cat", "dog", "eel")
+    assert dataset.channels == channels
+    assert (len(dataset.train), len(dataset.test)) == (6, 6)
+    assert dataset.train.labels is None
+    pairs = set()
+    for source in (dataset.train, pickle.loads(pickle.dumps(dataset.train))):
+        for i in range(6):
+            data, label = source[i]
+            pixels = np.asarray(decode_image(data, channels))
+            pairs.add((pixels.tobytes(), label))
+    assert pairs == {(i.tobytes(), n) for i, n in zip(images, [0, 1, 2] * 2, strict=True)}
+    assert dataset.fingerprint() == find_tfds_stream("made", tmp_path).fingerprint()
+    make_dataset(tmp_path / "more", images[:5], [0, 1, 2, 0, 1])
+    assert dataset.fingerprint() != find_tfds_stream("made", tmp_path / "more").fingerprint()
+    settings = {"channels": channels, "batch_size": 3}
+    expected = list(make_stream(dataset.train, **settings).batches(0, 3))
+    assert {batch.images.shape for batch in expected} == {(3, 8, 8, channels)}
+
+
+def test_prepared_data_sets_without_labels_are_refused(tmp_path):
+    make_dataset(tmp_path, random_images((4, 4, 1), (4, 4, 1)), [-1, -1])
+    with pytest.raises(InputError, match=r"example 0 of train in .* has no label; choose another"):
+        find_tfds_stream("made", tmp_path)
+
+
+def test_prepared_data_sets_that_are_damaged_are_refused(tmp_path):
+    make_dataset(tmp_path, random_images((4, 4, 1), (4, 4, 1)), [0, 1])
+    dataset = find_tfds_stream("made", tmp_path)
+    for path in tmp_path.rglob("*.array_record*"):
+        path.write_bytes(bytes(100))
+    with pytest.raises(InputError, match=r"is damaged.*prepare it again"):
+        dataset.train[1]
+
+
+def test_prepared_data_sets_of_one_size_are_those_in_memory(data_dir, digits):
+    dataset = load_in_memory(find_tfds_stream("digits", data_dir), 8, 1.0)
+    assert dataset.fingerprint() == digits.fingerprint()
+    assert dataset.preprocess == digits.preprocess
+
+
+SCRIPT = """
+import multiprocessing
+import os
+import sys
+
+from flaxnets.data.folder import find_folder
+from flaxnets.data.stream import TrainStream
+
+if __name__ == "__main__":
+    source = find_folder(sys.argv[1]).train
+    stream = TrainStream(source, 8, 3, "resized", True, 5, 0, workers=int(sys.argv[2]))
+    batches = stream.batches(0, 10**6)
+    next(batches)
+    print(*(child.pid for child in multiprocessing.active_children()), flush=True)
+    exec(sys.argv[3])
+"""
+
+
+@pytest.mark.parametrize(
+    ("workers", "end", "status"),
+    [
+        (0, "pass", 0),
+        pytest.param(2, "pass", 0, marks=pytest.mark.slow),
+        pytest.param(2, "raise SystemExit(3)", 3, marks=pytest.mark.slow),
+        pytest.param(2, "for _ in batches: pass", -signal.SIGINT, marks=pytest.mark.slow),
+        pytest.param(2, "for _ in batches: pass", -signal.SIGKILL, marks=pytest.mark.slow),
+        pytest.param(2, "os._exit(4)", 4, marks=pytest.mark.slow),
+    ],
+)
+def test_a_process_ends_at_once_with_all_its_workers(pictures, tmp_path, workers, end, status):
+    script = tmp_path / "script.py"
+    script.write_text(SCRIPT)
+    folder = os.path.dirname(os.path.dirname(os.path.dirname(pictures.train.name(0))))
+    process = subprocess.Popen(
+        [sys.executable, str(script), folder, str(workers), end],
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+    assert process.stdout
+    line = process.stdout.readline()
+    children = [int(child) for child in line.split()]
+    assert len(children) == workers
+    begun = time.monotonic()
+    if status == -signal.SIGINT:
+        os.killpg(process.pid, signal.SIGINT)
+    elif status == -signal.SIGKILL:
+        process.kill()
+    _, words = process.communicate(timeout=60)
+    assert time.monotonic() - begun < 10
+    assert process.returncode == status
+    assert words.count("Traceback") == (status == -signal.SIGINT)
+    if status in (0, 3):
+        assert not words  # in the other cases multiprocessing may tell that it has cleaned up
+    deadline = time.monotonic() + 5
+    while any(map(is_running, children)) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert not any(map(is_running, children))
+
+
+def is_running(process: int) -> bool:
+    try:
+        with open(f"/proc/{process}/stat") as file:
+            return file.read().rpartition(")")[2].split()[0] != "Z"
+    except OSError:
+        return False
