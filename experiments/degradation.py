@@ -82,7 +82,9 @@ from flaxnets.training import (
 )
 from flaxnets.training.estimate import measure_speed
 
-DEEPEST = 1202  # of the paper; deeper ones take hours to compile
+DEEPEST = 1202  # of the paper
+# Of the cifar family. Deeper ones, unrolled, would take minutes to compile and much memory.
+DEEPEST_UNROLLED = 110
 
 
 @dataclass(frozen=True)
@@ -115,6 +117,7 @@ def main(arguments: list[str] | None = None) -> int:
         info = find_dataset(args.dataset, args.data_dir)
         check_batch(recipe, info.num_train, args)
         dataset = load_dataset(args.dataset, args.data_dir, args.train_examples)
+        dataset = dataset.resized(recipe.image_size)
         definition = define_study(args, dataset, recipe)
         plan = [
             plan_network(args, kind, depth, definition, dataset, recipe, builders)
@@ -373,6 +376,11 @@ def choose_recipe(args: argparse.Namespace) -> Recipe:
         recipe = replace(recipe, batch_size=args.batch_size)
     if args.learning_rate:
         recipe = replace(recipe, learning_rate=args.learning_rate)
+    if recipe.schedule == "plateau":
+        raise InputError(
+            f"--recipe {recipe.name} goes by the error on validation images, which a study has "
+            "none of; choose another"
+        )
     return recipe
 
 
@@ -440,10 +448,12 @@ def plan_network(
             "num_classes": dataset.num_classes,
             "overrides": {"shortcut": definition["shortcut"], "stem": definition["stem"]},
         }
+        if args.family == "cifar" and depth > DEEPEST_UNROLLED:
+            model_config["overrides"] |= {"scan_blocks": True, "remat": True}
     config = {"kind": kind, "depth": depth, "model": model_config, **definition}
     try:
         model = build_model(config, builders.get(kind))
-        cost = count_cost(model, dataset.preprocess.image_shape, dataset.num_classes)
+        cost = count_cost(model, dataset.preprocess.input_shape, dataset.num_classes)
     except Exception as error:
         if kind not in builders:
             raise
@@ -506,7 +516,7 @@ def print_plan(console: Console, plan: list[Planned], dataset: Dataset, recipe: 
     if isinstance(probe, ResNet):
         probe = probe.clone(stage_sizes=(1,) * len(probe.stage_sizes))
         probe_depth = 2 + 2 * len(probe.stage_sizes)
-    probe_cost = count_cost(probe, dataset.preprocess.image_shape, dataset.num_classes)
+    probe_cost = count_cost(probe, dataset.preprocess.input_shape, dataset.num_classes)
     speed = measure_speed(probe, dataset, recipe)
     epochs = steps / (len(dataset.train.labels) // recipe.batch_size)
     evaluated = epochs * (len(dataset.train.labels) + len(dataset.test.labels))

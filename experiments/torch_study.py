@@ -50,6 +50,7 @@ def main() -> None:
                 weight_decay=recipe.weight_decay,
                 fused=True,
             )
+            assert isinstance(recipe.decay_factor, float)
             schedule = torch.optim.lr_scheduler.MultiStepLR(
                 optimizer, milestones, recipe.decay_factor
             )

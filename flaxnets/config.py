@@ -53,7 +53,8 @@ def _is_model(value: Any) -> bool:
 def _is_preprocess(value: Any) -> bool:
     return (
         isinstance(value, dict)
-        and value.keys() == {"image_shape", "mean", "std"}
+        and value.keys() == {"image_shape", "mean", "std", "size"}
+        and (value["size"] is None or (_is_count(value["size"]) and value["size"] > 0))
         and _are(_is_count)(value["image_shape"])
         and len(value["image_shape"]) == 3
         and all(

@@ -336,11 +336,12 @@ class StudyProgress:
                 Text(run.name, style="bold"), ProgressBar(run.total_steps, run.step, width=24), rate
             )
             facts.append(Text(f"{run.name}: {run.facts()}"))
-        bars.add_row(
-            f"study, {self._begun} of {self.total}",
-            ProgressBar(self._work or 1.0, self._done(), width=24),
-            f"{self.time_left()} left",
-        )
+        if self.total > 1:
+            bars.add_row(
+                f"study, {self._begun} of {self.total}",
+                ProgressBar(self._work or 1.0, self._done(), width=24),
+                f"{self.time_left()} left",
+            )
         self._live.update(Group(bars, *facts), refresh=True)
 
     def _done(self) -> float:
@@ -398,10 +399,12 @@ class RunProgress:
             if on_terminal:
                 self._study.draw()
                 return
+            name, left = f"{self.name} ({self._place})", f"run {self.time_left()}"
+            left += f", study {self._study.time_left()}"
+            if self._study.total == 1:
+                name, left = self.name, self.time_left()
             self._study.console.print(
-                f"{self.name} ({self._place})  {self.facts()}  {self.rate()} images/s  "
-                f"left: run {self.time_left()}, study {self._study.time_left()}",
-                soft_wrap=True,
+                f"{name}  {self.facts()}  {self.rate()} images/s  left: {left}", soft_wrap=True
             )
 
     def end(self, summary: str) -> None:
@@ -415,10 +418,11 @@ class RunProgress:
         facts = "compiling" if self._first_step is None else f"epoch {epoch} of {epochs}"
         if self._rows:
             row = self._rows[-1]
-            facts += (
-                f"  loss {row['train_loss']:.3f}  train error {row['train_error']:.1f} %"
-                f"  test error {row['test_error']:.1f} %"
-            )
+            seen = "train" if "train_loss" in row else "running_train"
+            facts += f"  loss {row[f'{seen}_loss']:.3f}  train error {row[f'{seen}_error']:.1f} %"
+            for split in ("validation", "test"):
+                if f"{split}_error" in row:
+                    facts += f"  {split} error {row[f'{split}_error']:.1f} %"
         return facts
 
     def rate(self) -> str:

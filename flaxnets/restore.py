@@ -3,7 +3,7 @@
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import flax.linen as nn
 import jax
@@ -55,7 +55,9 @@ def build_model(config: dict[str, Any], build: Build | None = None) -> nn.Module
     return create_model(model["name"], model["num_classes"], dtype=dtype, **model["overrides"])
 
 
-def restore(path: str | Path, build: Build | None = None) -> Restored:
+def restore(
+    path: str | Path, build: Build | None = None, which: Literal["latest", "best"] = "latest"
+) -> Restored:
     """Load the newest good checkpoint of a run, on any number of devices.
 
     Everything comes from that checkpoint, whose files are compared with their sha256 first; where
@@ -65,13 +67,17 @@ def restore(path: str | Path, build: Build | None = None) -> Restored:
       path: a run directory, such as `runs/degradation/digits-cifar/residual-56/seed-0`.
       build: `build(depth, num_classes, dtype)` for a network of one's own; nothing that a file
         names is ever imported or run.
+      which: `best` for the state at the lowest validation error, where a run has kept it.
 
     Raises:
       InputError: `path` is not a run directory, has no good checkpoint, or needs `build`.
     """
     path = Path(path)
+    if which == "best" and (path / "config.json").is_file() and not (path / "best").exists():
+        raise InputError(f"{path} has no best checkpoint: it was trained without --validation")
+    name = "best" if which == "best" else "checkpoints"
     while True:
-        with Checkpoints(path, read_only=True) as checkpoints:
+        with Checkpoints(path, read_only=True, name=name) as checkpoints:
             if checkpoints.step is None:
                 raise InputError(_why_nothing(path, checkpoints.damage))
             checkpoints.warn_of_damage("")
@@ -87,8 +93,8 @@ def restore(path: str | Path, build: Build | None = None) -> Restored:
 def _restore(checkpoints: Checkpoints, build: Build | None) -> Restored:
     config = checkpoints.read_config()
     check_config(config)
-    preprocess = Preprocess(**{k: tuple(v) for k, v in config["preprocess"].items()})
-    images = jax.ShapeDtypeStruct((1, *preprocess.image_shape), jnp.float32)
+    preprocess = preprocess_of(config)
+    images = jax.ShapeDtypeStruct((1, *preprocess.input_shape), jnp.float32)
     sharding = replicated(data_mesh())
     try:
         model = unscanned(build_model(config, build))
@@ -113,6 +119,17 @@ def _restore(checkpoints: Checkpoints, build: Build | None) -> Restored:
         step=checkpoints.step,
         class_names=tuple(config["class_names"]),
         preprocess=preprocess,
+    )
+
+
+def preprocess_of(config: dict[str, Any]) -> Preprocess:
+    """What a run's `config.json` says is done to images."""
+    stored = config["preprocess"]
+    return Preprocess(
+        image_shape=tuple(stored["image_shape"]),
+        mean=tuple(stored["mean"]),
+        std=tuple(stored["std"]),
+        size=stored["size"],
     )
 
 

@@ -23,7 +23,7 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import jax
 
@@ -129,11 +129,11 @@ def environment() -> dict[str, Any]:
     }
 
 
-def check_place(out: Path) -> None:
-    """Refuse, without writing anything, an `out` that can hold no study at all.
+def check_place(out: Path, what: Literal["study", "run"] = "study") -> None:
+    """Refuse, without writing anything, an `out` that can hold no study, or no run, at all.
 
     Raises:
-      InputError: `out` is a file, cannot be written, or holds something that is not a study.
+      InputError: `out` is a file, cannot be written, or holds something else.
     """
     try:
         existing = out
@@ -145,11 +145,15 @@ def check_place(out: Path) -> None:
             raise InputError(f"--out {out}: {existing} is a file; give a directory")
         if not os.access(existing, os.W_OK | os.X_OK):
             raise InputError(f"--out {out}: {existing} cannot be written; give another directory")
-        foreign = out.exists() and not any(out.glob("study.json")) and not any(_runs(out))
+        if what == "study":
+            known, mark = any(out.glob("study.json")) or any(_runs(out)), "study.json"
+        else:
+            known, mark = any((out / name).exists() for name in RUN_FILES), "config.json"
+        foreign = out.exists() and not known
         # What a crash in the first moment leaves is hidden, and ours.
         if foreign and any(not path.name.startswith(".") for path in out.iterdir()):
             raise InputError(
-                f"--out {out} holds something that is not a study (no study.json); "
+                f"--out {out} holds something that is not a {what} (no {mark}); "
                 f"use --out {_free_name(out)}"
             )
     except OSError as error:
@@ -194,6 +198,27 @@ def check_study(
                 f"use --out {_free_name(out)}"
             )
     return runs
+
+
+def check_run(out: Path, config: dict[str, Any]) -> int | None:
+    """Refuse `out` if it holds another run than that of `config`; nothing is written.
+
+    Returns:
+      The step from which the run goes on, or None for a run that begins.
+
+    Raises:
+      InputError: with what differs and a free name.
+    """
+    with Checkpoints(out, read_only=True) as checkpoints:
+        if checkpoints.step is None:
+            return None
+        differences = _differences(checkpoints.read_config(), json.loads(json.dumps(config)))
+        if differences:
+            raise InputError(
+                f"--out {out} holds another run ({'; '.join(differences)}); "
+                f"use --out {_free_name(out)}"
+            )
+        return checkpoints.step
 
 
 def check_processes_agree(work: dict[str, Any]) -> None:
@@ -278,7 +303,7 @@ def open_study(
             if is_primary():
                 with explained(out / "study.json", 0):
                     out.mkdir(parents=True, exist_ok=True)
-                stack.enter_context(_lock(out))
+                stack.enter_context(lock_directory(out))
         _check_shared(out)
         runs = check_study(out, definition, configs)
         if is_primary():
@@ -302,7 +327,12 @@ def _lock_text() -> str:
 
 
 @contextmanager
-def _lock(out: Path) -> Iterator[None]:
+def lock_directory(out: Path) -> Iterator[None]:
+    """Be the only process that writes to `out`, which exists; the lock goes with the process.
+
+    Raises:
+      InputError: another one does, or the file system has no locks.
+    """
     path = out / ".lock"
     with explained(path, 0):
         number = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o666)

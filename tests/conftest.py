@@ -39,6 +39,12 @@ def show():
 
 
 @pytest.fixture(scope="session")
+def train():
+    """`experiments/train.py`."""
+    return load_script("train")
+
+
+@pytest.fixture(scope="session")
 def data_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A TFDS directory with the digits in it."""
     from flaxnets.data import load_dataset

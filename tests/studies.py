@@ -10,7 +10,7 @@ import jax
 import numpy as np
 
 from flaxnets.parallel import data_mesh
-from flaxnets.restore import build_model
+from flaxnets.restore import build_model, preprocess_of
 from flaxnets.study import read_runs, run_directory
 from flaxnets.training import Checkpoints, Recipe, create_state
 
@@ -48,23 +48,29 @@ def assert_same_study(ours, theirs):
     runs = read_runs(theirs)
     assert [run.key for run in read_runs(ours)] == [run.key for run in runs]
     for run in runs:
-        one, other = (run_directory(out, *run.key) for out in (ours, theirs))
-        assert (one / "config.json").read_bytes() == (other / "config.json").read_bytes()
-        assert without_seconds(one / "metrics.csv") == without_seconds(other / "metrics.csv")
-        first, second = stored_state(one), stored_state(other)
-        assert first.keys() == second.keys()
-        assert len(first) > 50
-        for name in first:
-            np.testing.assert_array_equal(first[name], second[name], err_msg=name)
+        assert_same_run(*(run_directory(out, *run.key) for out in (ours, theirs)))
+
+
+def assert_same_run(one, other):
+    """The same of a run."""
+    assert (one / "config.json").read_bytes() == (other / "config.json").read_bytes()
+    assert without_seconds(one / "metrics.csv") == without_seconds(other / "metrics.csv")
+    first, second = stored_state(one), stored_state(other)
+    assert first.keys() == second.keys()
+    assert len(first) > 50
+    for name in first:
+        np.testing.assert_array_equal(first[name], second[name], err_msg=name)
 
 
 def stored_state(directory):
     """Every array of a run's newest good checkpoint, by its path, and where the run is."""
     with Checkpoints(directory, read_only=True) as checkpoints:
         config, progress = checkpoints.read_config(), checkpoints.read_progress()
-        recipe = Recipe(**{**config["recipe"], "decay_at": tuple(config["recipe"]["decay_at"])})
-        optimizer = recipe.optimizer(config["total_steps"], config["depth"])
-        shape = tuple(config["preprocess"]["image_shape"])
+        recipe = Recipe(
+            **{k: tuple(v) if isinstance(v, list) else v for k, v in config["recipe"].items()}
+        )
+        optimizer = recipe.make_optimizer(config["total_steps"], config["depth"])
+        shape = preprocess_of(config).input_shape
         like = create_state(build_model(config), optimizer, 0, shape, data_mesh())
         state = checkpoints.restore(like)
     state = state.replace(key=jax.random.key_data(state.key))

@@ -497,3 +497,26 @@ class TestConclusion:
         text = self.of(degradation, made_run("plain", 18, 0, errors=(3.0,)))
         assert "Too few epochs to tell" in text
         assert "too few depths" in text
+
+
+@pytest.mark.parametrize(("depth", "scanned"), [(110, False), (112, True)])
+def test_programs_of_very_deep_networks_do_not_grow(degradation, digits, depth, scanned):
+    args = degradation.parse_arguments(["--depths", str(depth)])
+    recipe = degradation.choose_recipe(args)
+    definition = degradation.define_study(args, digits, recipe)
+    planned = degradation.plan_network(args, "residual", depth, definition, digits, recipe, {})
+    assert (planned.model.scan_blocks, planned.model.remat) == (scanned, scanned)
+    assert planned.cost.parameters == count_parameters(depth)
+
+
+def count_parameters(depth):
+    """Of a network with one channel and 10 classes, from the paper's table of layers."""
+    blocks = (depth - 2) // 2
+    first, second, third = (blocks // 3 + (blocks % 3 > i) for i in range(3))
+
+    def stage(count, filters, before):
+        layers = [(before, filters)] + [(filters, filters)] * (2 * count - 1)
+        return sum(9 * a * b + 2 * b for a, b in layers)
+
+    stem, head = 9 * 1 * 16 + 2 * 16, 64 * 10 + 10
+    return stem + stage(first, 16, 16) + stage(second, 32, 16) + stage(third, 64, 32) + head

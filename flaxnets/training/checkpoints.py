@@ -36,7 +36,7 @@ ORBAX_AT_WORK = threading.Lock()
 
 
 class Checkpoints:
-    """The checkpoints below a run directory: written in the background, the latest two kept.
+    """The checkpoints below a run directory: written in the background, the latest `kept` kept.
 
     Attributes:
       step: of the newest good checkpoint, or None.
@@ -45,8 +45,15 @@ class Checkpoints:
     With several processes, all of them make and call it together, unless it is read only.
     """
 
-    def __init__(self, run_directory: str | Path, read_only: bool = False) -> None:
-        self.directory = Path(run_directory).absolute() / "checkpoints"
+    def __init__(
+        self,
+        run_directory: str | Path,
+        read_only: bool = False,
+        name: str = "checkpoints",
+        kept: int = KEPT,
+    ) -> None:
+        self.directory = Path(run_directory).absolute() / name
+        self._kept = kept
         self._checkpointer = ocp.AsyncCheckpointer(ocp.CompositeCheckpointHandler())
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
         self._saving: Future[None] | None = None
@@ -146,7 +153,7 @@ class Checkpoints:
                 if is_primary():
                     write_manifest(path)
                     self._recover()
-                    for step in self._steps()[:-KEPT]:
+                    for step in self._steps()[: -self._kept]:
                         _remove(self.directory / str(step))
         except Exception:
             if is_primary() and find_damage(path):

@@ -6,7 +6,6 @@ from typing import NamedTuple
 
 import flax.linen as nn
 
-from flaxnets.data.batches import epoch_order
 from flaxnets.data.datasets import Dataset
 from flaxnets.parallel import data_mesh
 from flaxnets.training.loop import Program
@@ -28,9 +27,9 @@ def measure_speed(model: nn.Module, dataset: Dataset, recipe: Recipe, steps: int
     )
     state = create_state(model, program.optimizer, 0, program.image_shape, program.mesh)
     times = [time.perf_counter()]
-    order = epoch_order(state.key, 0, len(dataset.train.labels))
+    batches = program.feed(state.key, 0)
     for _ in range(1 + steps):
-        state, loss = program.train_step(state, program.train, order)
+        state, loss = program.train_step(state, *next(batches))
         loss.block_until_ready()
         times.append(time.perf_counter())
     return Speed(times[1] - times[0], (times[-1] - times[1]) / steps)

@@ -6,8 +6,10 @@ import json
 import math
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import ExitStack, closing
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, get_args
 
@@ -16,34 +18,37 @@ import jax
 import optax
 from jax.sharding import Mesh
 
-from flaxnets.data.batches import epoch_order
+from flaxnets.data.batches import Augmentation, Preprocess, epoch_order
 from flaxnets.data.datasets import Dataset, Split
+from flaxnets.data.stream import TrainStream, eval_batches
 from flaxnets.errors import InputError, StorageError
 from flaxnets.files import write_atomic
-from flaxnets.parallel import greatest, is_primary, replicate
+from flaxnets.parallel import greatest, is_primary, replicate, split_batch
 from flaxnets.training.checkpoints import Checkpoints
-from flaxnets.training.recipes import Recipe
+from flaxnets.training.recipes import Recipe, observe_plateau, plateau_scale
 from flaxnets.training.steps import (
     TrainState,
     create_state,
     evaluate,
+    evaluate_batches,
     make_eval_step,
+    make_stream_step,
     make_train_step,
 )
 
 Status = Literal["finished", "diverged", "unfinished"]
-METRICS: tuple[str, ...] = (
-    "epoch",
-    "step",
-    "learning_rate",
-    "running_train_loss",
-    "running_train_error",
-    "train_loss",
-    "train_error",
-    "test_loss",
-    "test_error",
-    "seconds",
-)
+
+
+def metrics_of(splits: Iterable[str]) -> tuple[str, ...]:
+    """The columns of `metrics.csv` where these splits are evaluated every epoch."""
+    return (
+        *("epoch", "step", "learning_rate", "running_train_loss", "running_train_error"),
+        *(f"{split}_{metric}" for split in splits for metric in ("loss", "error")),
+        "seconds",
+    )
+
+
+METRICS = metrics_of(("train", "test"))  # of a study
 
 EVAL_BATCH = 256
 # Steps handed to the device ahead of the host: enough to keep it busy, few enough to stop quickly.
@@ -70,7 +75,18 @@ class CheckpointEvery:
 
 @dataclass(frozen=True)
 class Program:
-    """What all seeds of one network share: the data on the devices and the compiled steps."""
+    """What all seeds of one network share: the data and the compiled steps.
+
+    Attributes:
+      schedule: learning rate of each update; `plateau`, where there is one, lowers it.
+      image_shape: height, width and channels of what the network gets.
+      feed: `feed(key, step)` gives, for each step from `step` on, what `train_step` takes after the
+        state; `key` is that of the run.
+      train_step: `train_step(state, *fed) -> (state, loss)`.
+      splits: name -> `evaluate(variables, stop) -> (loss, error)`, or None if `stop()` became true;
+        these are evaluated after every epoch. One called `validation` decides which epoch was best.
+      patience: the run ends after so many epochs without a lower validation error; None: never.
+    """
 
     model: nn.Module
     optimizer: optax.GradientTransformation
@@ -78,38 +94,172 @@ class Program:
     total_steps: int
     steps_per_epoch: int
     image_shape: tuple[int, int, int]
-    train: Split
-    test: Split
+    feed: Callable[[jax.Array, int], Iterator[tuple[Any, ...]]]
     train_step: Callable
-    eval_step: Callable
-    eval_batch: int
+    splits: dict[str, Callable[[dict, Callable[[], bool]], tuple[float, float] | None]]
     mesh: Mesh
+    plateau: optax.GradientTransformationExtraArgs | None = None
+    patience: int | None = None
 
     @classmethod
     def create(
-        cls, model: nn.Module, depth: int, recipe: Recipe, dataset: Dataset, mesh: Mesh
+        cls,
+        model: nn.Module,
+        depth: int,
+        recipe: Recipe,
+        dataset: Dataset,
+        mesh: Mesh,
+        splits: dict[str, Split] | None = None,
+        optimizer: optax.GradientTransformation | None = None,
+        frozen: bool = False,
+        patience: int | None = None,
     ) -> "Program":
-        """Put `dataset` on the devices of `mesh` and make the steps that train `model` on it."""
-        examples = len(dataset.train.labels)
-        total_steps = recipe.total_steps(examples)
-        optimizer = recipe.optimizer(total_steps, depth)
-        augmentation = dataset.augmentation if recipe.augment else None
-        return cls(
-            model=model,
-            optimizer=optimizer,
-            schedule=recipe.schedule(total_steps, depth),
-            total_steps=total_steps,
-            steps_per_epoch=examples // recipe.batch_size,
-            image_shape=dataset.preprocess.image_shape,
-            train=replicate(dataset.train, mesh),
-            test=replicate(dataset.test, mesh),
-            train_step=make_train_step(
-                model, optimizer, dataset.preprocess, augmentation, recipe.batch_size, mesh
-            ),
-            eval_step=make_eval_step(model, dataset.preprocess, mesh),
-            eval_batch=-(-EVAL_BATCH // mesh.size) * mesh.size,
-            mesh=mesh,
+        """Put `dataset` on the devices of `mesh` and make the steps that train `model` on it.
+
+        Args:
+          splits: to evaluate; train and test unless given.
+          optimizer: the recipe's unless given.
+          frozen: see `make_train_step`.
+        """
+        shared = _shared(
+            model, depth, recipe, len(dataset.train.labels), dataset.preprocess, mesh, optimizer
         )
+        eval_step = make_eval_step(model, dataset.preprocess, mesh)
+        train = replicate(dataset.train, mesh)
+        if splits is None:
+            splits = {"train": train, "test": dataset.test}
+
+        def evaluation(split: Split) -> Callable:
+            on_devices = train if split is train else replicate(split, mesh)
+            return lambda variables, stop: evaluate(
+                eval_step, variables, on_devices, eval_batch(mesh), stop
+            )
+
+        return cls(
+            **shared,
+            feed=partial(feed_from_memory, train, shared["steps_per_epoch"]),
+            train_step=make_train_step(
+                model,
+                shared["optimizer"],
+                dataset.preprocess,
+                recipe.augmentation(dataset.augmentation, dataset.preprocess.image_shape[0]),
+                recipe.batch_size,
+                mesh,
+                recipe.label_smoothing,
+                frozen,
+            ),
+            splits={name: evaluation(split) for name, split in splits.items()},
+            patience=patience,
+        )
+
+    @classmethod
+    def stream(
+        cls,
+        model: nn.Module,
+        depth: int,
+        recipe: Recipe,
+        train: Any,
+        preprocess: Preprocess,
+        mesh: Mesh,
+        seed: int,
+        splits: dict[str, Any],
+        workers: int = 0,
+        optimizer: optax.GradientTransformation | None = None,
+        frozen: bool = False,
+        patience: int | None = None,
+    ) -> "Program":
+        """The same for pictures that are read anew each time.
+
+        Args:
+          train, splits: sources of encoded pictures, see `flaxnets.data.stream`.
+          seed: of order, crops and mirror images.
+          workers: processes that read; 0 for threads of this one.
+        """
+        shared = _shared(model, depth, recipe, len(train), preprocess, mesh, optimizer)
+        crops = recipe.augmentation(Augmentation(), preprocess.image_shape[0])
+        eval_step = make_eval_step(model, preprocess, mesh)
+        size, _, channels = preprocess.image_shape
+        stream = TrainStream(
+            train, size, channels, crops.crop, crops.flip, recipe.batch_size, seed, workers
+        )
+
+        def feed(key: jax.Array, step: int) -> Iterator[tuple[Split]]:
+            batches: Any = stream.batches(step, shared["total_steps"])
+            with closing(batches):
+                for batch in batches:
+                    yield (jax.device_put(batch, split_batch(mesh)),)
+
+        def evaluation(source: Any) -> Callable:
+            def evaluate_source(variables: dict, stop: Callable[[], bool]):
+                batches: Any = eval_batches(
+                    source, size, channels, crops.seen_at_evaluation, eval_batch(mesh), workers
+                )
+                with closing(batches):
+                    return evaluate_batches(eval_step, variables, batches, stop)
+
+            return evaluate_source
+
+        return cls(
+            **shared,
+            feed=feed,
+            train_step=make_stream_step(
+                model,
+                shared["optimizer"],
+                preprocess,
+                crops.without_crops(),
+                shared["steps_per_epoch"],
+                mesh,
+                recipe.label_smoothing,
+                frozen,
+            ),
+            splits={name: evaluation(source) for name, source in splits.items()},
+            patience=patience,
+        )
+
+    @property
+    def columns(self) -> tuple[str, ...]:
+        """Of `metrics.csv`."""
+        return metrics_of(self.splits)
+
+
+def _shared(
+    model: nn.Module,
+    depth: int,
+    recipe: Recipe,
+    examples: int,
+    preprocess: Preprocess,
+    mesh: Mesh,
+    optimizer: optax.GradientTransformation | None,
+) -> dict[str, Any]:
+    """What a `Program` has wherever its data are."""
+    total_steps = recipe.total_steps(examples)
+    return {
+        "model": model,
+        "optimizer": optimizer or recipe.make_optimizer(total_steps, depth),
+        "schedule": recipe.make_schedule(total_steps, depth),
+        "total_steps": total_steps,
+        "steps_per_epoch": examples // recipe.batch_size,
+        "image_shape": preprocess.input_shape,
+        "mesh": mesh,
+        "plateau": recipe.plateau,
+    }
+
+
+def feed_from_memory(
+    train: Split, steps_per_epoch: int, key: jax.Array, step: int
+) -> Iterator[tuple[Split, jax.Array]]:
+    """The training split, on the devices, and the order of each step's epoch."""
+    key = jax.random.clone(key)  # that of the state is donated with it
+    while True:
+        order = epoch_order(key, step // steps_per_epoch, len(train.labels))
+        for _ in range(steps_per_epoch - step % steps_per_epoch):
+            yield train, order
+            step += 1
+
+
+def eval_batch(mesh: Mesh) -> int:
+    """Images that are evaluated at a time."""
+    return -(-EVAL_BATCH // mesh.size) * mesh.size
 
 
 class Progress(NamedTuple):
@@ -131,8 +281,8 @@ class RunResult:
     diverged_step: int | None
 
     @classmethod
-    def from_json(cls, value: Any) -> "RunResult":
-        """What a checkpoint has stored.
+    def from_json(cls, value: Any, columns: Sequence[str] = METRICS) -> "RunResult":
+        """What a checkpoint has stored, with these `columns` in its rows.
 
         Raises:
           InputError: it is not the record of a run.
@@ -149,7 +299,7 @@ class RunResult:
         def is_row(row: Any) -> bool:
             return (
                 isinstance(row, dict)
-                and row.keys() == set(METRICS)
+                and row.keys() == set(columns)
                 and all(type(entry) in number for entry in row.values())
             )
 
@@ -165,15 +315,25 @@ class RunResult:
         return self.rows[-1][metric] if self.rows and self.status != "unfinished" else float("nan")
 
 
-def write_metrics(directory: Path, rows: list[dict[str, Any]]) -> None:
+def write_metrics(
+    directory: Path, rows: list[dict[str, Any]], columns: Sequence[str] = METRICS
+) -> None:
     """`metrics.csv` in a run directory: a row an epoch, floats in full."""
     if not is_primary():
         return
     text = io.StringIO()
-    writer = csv.DictWriter(text, METRICS, lineterminator="\n")
+    writer = csv.DictWriter(text, columns, lineterminator="\n")
     writer.writeheader()
     writer.writerows(rows)
     write_atomic(directory / "metrics.csv", text.getvalue())
+
+
+def best_epoch(rows: list[dict[str, Any]]) -> int | None:
+    """Index of the first row with the lowest validation error; NaN never counts."""
+    errors = [row.get("validation_error", math.nan) for row in rows]
+    losses = [row.get("validation_loss", math.nan) for row in rows]
+    finite = [i for i in range(len(rows)) if math.isfinite(errors[i]) and math.isfinite(losses[i])]
+    return min(finite, key=lambda i: errors[i], default=None)
 
 
 def train_run(
@@ -184,13 +344,18 @@ def train_run(
     stop: Callable[[], bool] = lambda: False,
     checkpoint_every: CheckpointEvery = CheckpointEvery(),
     config: dict[str, Any] | None = None,
+    begin: Callable[[TrainState], TrainState] = lambda state: state,
 ) -> RunResult:
     """Train from `seed`, or from where `directory` left off, to the end of the recipe.
 
     Writes `metrics.csv` and `checkpoints/` below `directory`; each checkpoint has a copy of
-    `config`. Damaged checkpoints are warned of and replaced. A loss or gradient that is not finite
-    ends the run, when its epoch is measured, as `diverged`; `stop()` becoming true ends it, saved,
-    as `unfinished`. With several processes, all of them call this together.
+    `config`. With a split called `validation`, the state at its lowest error is kept in `best/`.
+    Damaged checkpoints are warned of and replaced. A loss or gradient that is not finite ends the
+    run, when its epoch is measured, as `diverged`; `stop()` becoming true ends it, saved, as
+    `unfinished`. With several processes, all of them call this together.
+
+    Args:
+      begin: what is done to the very first state, such as taking weights from elsewhere.
 
     Raises:
       InputError: `directory` holds another run than `config` says, or what is no run.
@@ -198,23 +363,30 @@ def train_run(
     """
     start = time.perf_counter()
     state = create_state(program.model, program.optimizer, seed, program.image_shape, program.mesh)
-    with Checkpoints(directory) as checkpoints:
+    with ExitStack() as stack:
+        checkpoints = stack.enter_context(Checkpoints(directory))
         checkpoints.warn_of_damage("the run starts anew")
+        best: Checkpoints | None = None
+        if "validation" in program.splits:
+            best = stack.enter_context(Checkpoints(directory, name="best", kept=1))
         result = RunResult("unfinished", [], 0, 0.0, None)
-        if checkpoints.step is not None:
+        if checkpoints.step is None:
+            state = begin(state)
+        else:
             if config is not None and checkpoints.read_config() != json.loads(json.dumps(config)):
                 raise InputError(f"{directory} holds another run; move it away")
-            result = RunResult.from_json(checkpoints.read_progress())
+            result = RunResult.from_json(checkpoints.read_progress(), program.columns)
             state = checkpoints.restore(state)
             # A crash may have come after the row of an epoch and before its checkpoint.
-            write_metrics(directory, result.rows)
+            write_metrics(directory, result.rows, program.columns)
         if result.status != "unfinished":
             return result
 
         rows, step = list(result.rows), result.step
         earlier, last_save = result.seconds, time.perf_counter()
         total, per_epoch = program.total_steps, program.steps_per_epoch
-        order, order_epoch = None, -1
+        feed: Any = program.feed(state.key, step)
+        batches = stack.enter_context(closing(feed))
         in_flight: deque[jax.Array] = deque()
         status: Status = "unfinished"
         diverged_step: int | None = None
@@ -222,10 +394,10 @@ def train_run(
         def seconds() -> float:
             return round(earlier + time.perf_counter() - start, 2)
 
-        def save() -> RunResult:
+        def save(where: Checkpoints) -> RunResult:
             now = RunResult(status, list(rows), step, seconds(), diverged_step)
             if (status, step, len(rows)) != (result.status, result.step, len(result.rows)):
-                checkpoints.save(state, vars(now), config)
+                where.save(state, vars(now), config)
             return now
 
         while True:
@@ -236,36 +408,49 @@ def train_run(
                     break  # stopped in the middle; measured anew when the run goes on
                 rows.append({**row, "seconds": seconds()})
                 try:
-                    write_metrics(directory, rows)
+                    write_metrics(directory, rows, program.columns)
                 except StorageError:
                     checkpoints.wait()  # it needs more space, and says how much
                     raise
                 diverged_step = _diverged_step(state, row)
                 if diverged_step is not None:
                     status = "diverged"
-                elif step == total:
+                elif step == total or _lost_patience(program, rows):
                     status = "finished"
+                elif program.plateau is not None:
+                    opt_state = observe_plateau(
+                        program.plateau, state.opt_state, row["validation_loss"]
+                    )
+                    state = state.replace(opt_state=opt_state)
+                if best is not None and best_epoch(rows) == len(rows) - 1:
+                    save(best)
                 on_progress(Progress(step, seconds(), rows))
             if status != "unfinished" or stop():
                 break
 
             checkpoints.check()
             if step > result.step and checkpoint_every.due(step, time.perf_counter() - last_save):
-                save()
+                save(checkpoints)
                 last_save = time.perf_counter()
-            if order is None or order_epoch != step // per_epoch:
-                order_epoch = step // per_epoch
-                order = epoch_order(state.key, order_epoch, len(program.train.labels))
-            state, loss = program.train_step(state, program.train, order)
+            state, loss = program.train_step(state, *next(batches))
             step += 1
             in_flight.append(loss)
             if len(in_flight) > IN_FLIGHT:
                 in_flight.popleft().block_until_ready()
             on_progress(Progress(step, seconds(), rows))
 
-        result = save()
+        if best is not None:
+            best.wait()
+        result = save(checkpoints)
         checkpoints.wait()
         return result
+
+
+def _lost_patience(program: Program, rows: list[dict[str, Any]]) -> bool:
+    """Whether too many epochs have passed since the best one."""
+    best = best_epoch(rows)
+    since = len(rows) if best is None else len(rows) - 1 - best
+    return program.patience is not None and since >= program.patience
 
 
 def _measure_epoch(
@@ -273,15 +458,16 @@ def _measure_epoch(
 ) -> dict[str, Any] | None:
     """A row of `metrics.csv` but for the seconds, or None if `stop()` became true."""
     running = jax.device_get(state.running)
+    rate = program.schedule(step - 1) * plateau_scale(state.opt_state)
     row: dict[str, Any] = {
         "epoch": -(-step // program.steps_per_epoch),
         "step": step,
-        "learning_rate": float(f"{program.schedule(step - 1):.6g}"),
+        "learning_rate": float(f"{rate:.6g}"),
         "running_train_loss": running.loss_sum.item() / running.examples.item(),
         "running_train_error": 100 * running.errors.item() / running.examples.item(),
     }
-    for name, split in (("train", program.train), ("test", program.test)):
-        measured = evaluate(program.eval_step, state.variables, split, program.eval_batch, stop)
+    for name, evaluate_split in program.splits.items():
+        measured = evaluate_split(state.variables, stop)
         if measured is None:
             return None
         row[f"{name}_loss"], row[f"{name}_error"] = measured
@@ -293,4 +479,5 @@ def _diverged_step(state: TrainState, row: dict[str, Any]) -> int | None:
     step = state.running.diverged_step.item()
     if step >= 0:
         return step
-    return None if math.isfinite(row["train_loss"]) else row["step"]
+    losses = [value for name, value in row.items() if name.endswith("train_loss")]
+    return None if all(map(math.isfinite, losses)) else row["step"]

@@ -1,6 +1,6 @@
 """Train state, train step and evaluation: pure functions, jitted and sharded."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from typing import Any
 
@@ -99,6 +99,9 @@ def cross_entropy(logits: jax.Array, labels: jax.Array) -> jax.Array:
     return optax.softmax_cross_entropy_with_integer_labels(logits, labels)
 
 
+Step = Callable[..., tuple[TrainState, jax.Array]]
+
+
 def make_train_step(
     model: nn.Module,
     optimizer: optax.GradientTransformation,
@@ -106,47 +109,91 @@ def make_train_step(
     augmentation: Augmentation | None,
     batch_size: int,
     mesh: Mesh,
-) -> Callable[[TrainState, Split, jax.Array], tuple[TrainState, jax.Array]]:
-    """The jitted `train_step(state, split, order) -> (state, loss)`.
+    label_smoothing: float = 0.0,
+    frozen: bool = False,
+) -> Step:
+    """The jitted `train_step(state, split, order) -> (state, loss)` for data on the devices.
 
     `split` is the training split and `order` the current epoch's `epoch_order`, both replicated on
     `mesh`; batch, augmentation, forward and backward pass and update all happen inside, on the
     batch split over the devices. `state` is donated. `loss` is the batch's mean cross-entropy.
+    With `frozen`, statistics are not updated but used, as in evaluation.
     """
+    update = _make_update(model, optimizer, preprocess, augmentation, label_smoothing, frozen)
 
     @partial(jax.jit, donate_argnums=0, out_shardings=replicated(mesh))
     def train_step(state: TrainState, split: Split, order: jax.Array):
         indices = batch_indices(order, state.step, batch_size)
         indices = jax.lax.with_sharding_constraint(indices, split_batch(mesh))
-        labels = split.labels[indices]
-        images = split.images[indices]
+        batch = Split(split.images[indices], split.labels[indices])
+        return update(state, batch, order.shape[0] // batch_size)
+
+    return train_step
+
+
+def make_stream_step(
+    model: nn.Module,
+    optimizer: optax.GradientTransformation,
+    preprocess: Preprocess,
+    augmentation: Augmentation | None,
+    steps_per_epoch: int,
+    mesh: Mesh,
+    label_smoothing: float = 0.0,
+    frozen: bool = False,
+) -> Step:
+    """As `make_train_step` for data that come batch by batch: `train_step(state, batch)`."""
+    update = _make_update(model, optimizer, preprocess, augmentation, label_smoothing, frozen)
+
+    @partial(jax.jit, donate_argnums=0, out_shardings=replicated(mesh))
+    def train_step(state: TrainState, batch: Split):
+        batch = jax.lax.with_sharding_constraint(batch, split_batch(mesh))
+        return update(state, batch, steps_per_epoch)
+
+    return train_step
+
+
+def _make_update(
+    model: nn.Module,
+    optimizer: optax.GradientTransformation,
+    preprocess: Preprocess,
+    augmentation: Augmentation | None,
+    label_smoothing: float,
+    frozen: bool,
+) -> Callable[[TrainState, Split, int], tuple[TrainState, jax.Array]]:
+    def update(state: TrainState, batch: Split, steps_per_epoch: int):
+        images, labels = batch
         augment_key, dropout_key = jax.random.split(
             jax.random.fold_in(jax.random.fold_in(state.key, 1), state.step)
         )
         if augmentation is not None:
             images = augmentation(augment_key, images)
-        images = preprocess(images)
+        images = preprocess.normalise(images)
 
         def loss_fn(params):
             logits: Any
             logits, updates = model.apply(
                 {"params": params, "batch_stats": state.batch_stats},
                 images,
-                train=True,
-                mutable=["batch_stats"],
+                train=not frozen,
+                mutable=[] if frozen else ["batch_stats"],
                 rngs={"dropout": dropout_key},
             )
             loss = cross_entropy(logits, labels).mean()
-            return loss, (logits, updates.get("batch_stats", {}))
+            objective = loss
+            if label_smoothing:
+                # The spread part is the mean over the classes of each one's cross-entropy.
+                spread = -jax.nn.log_softmax(logits.astype(loss.dtype)).mean()
+                objective = (1 - label_smoothing) * loss + label_smoothing * spread
+            return objective, (loss, logits, updates.get("batch_stats", state.batch_stats))
 
-        gradient_fn = jax.value_and_grad(loss_fn, has_aux=True)
-        (loss, (logits, batch_stats)), gradients = gradient_fn(state.params)
+        gradients, (loss, logits, batch_stats) = jax.grad(loss_fn, has_aux=True)(state.params)
         updates, opt_state = optimizer.update(gradients, state.opt_state, state.params)
 
         running = state.running
-        keep = state.step % (order.shape[0] // batch_size) != 0  # an epoch's first step starts anew
+        keep = state.step % steps_per_epoch != 0  # an epoch's first step starts anew
         finite = jnp.isfinite(loss) & all_finite(gradients)
         first_divergence = (running.diverged_step < 0) & ~finite
+        batch_size = len(labels)
         running = RunningMetrics(
             loss_sum=jnp.where(keep, running.loss_sum, 0) + loss * batch_size,
             errors=keep * running.errors + count_errors(logits, labels).sum(),
@@ -163,7 +210,7 @@ def make_train_step(
         )
         return state, loss
 
-    return train_step
+    return update
 
 
 def all_finite(tree: Any) -> jax.Array:
@@ -188,7 +235,7 @@ def make_eval_step(
     @partial(jax.jit, out_shardings=replicated(mesh))
     def eval_step(variables: dict, batch: Split, weights: jax.Array):
         batch, weights = jax.lax.with_sharding_constraint((batch, weights), split_batch(mesh))
-        logits: Any = model.apply(variables, preprocess(batch.images), train=False)
+        logits: Any = model.apply(variables, preprocess.normalise(batch.images), train=False)
         losses = cross_entropy(logits, batch.labels)
         errors = count_errors(logits, batch.labels)
         return jnp.where(weights, losses, 0).sum(), jnp.where(weights, errors, 0).sum()
@@ -204,6 +251,13 @@ def _padded_batch(split: Split, start: jax.Array, batch_size: int) -> tuple[Spli
     return jax.tree.map(lambda array: array[indices], split), counts
 
 
+def padded_batches(split: Split, batch_size: int) -> Iterator[tuple[Split, jax.Array]]:
+    """All of a split on the devices, in order: batches, and which examples of each count."""
+    # Cut out here, not in the `eval_step`: one compilation then serves splits of every size.
+    for start in range(0, len(split.labels), batch_size):
+        yield _padded_batch(split, start, batch_size)
+
+
 def evaluate(
     eval_step: Callable,
     variables: dict,
@@ -215,13 +269,22 @@ def evaluate(
 
     None if `stop()` became true before the end.
     """
-    totals = []
-    for start in range(0, len(split.labels), batch_size):
+    return evaluate_batches(eval_step, variables, padded_batches(split, batch_size), stop)
+
+
+def evaluate_batches(
+    eval_step: Callable,
+    variables: dict,
+    batches: Iterable[tuple[Split, Any]],
+    stop: Callable[[], bool] = lambda: False,
+) -> tuple[float, float] | None:
+    """As `evaluate`, of batches and the weights of their examples."""
+    totals, count = [], 0
+    for batch, weights in batches:
         if stop():
             return None
-        # Cut out here, not in `eval_step`: one compilation then serves splits of every size.
-        totals.append(eval_step(variables, *_padded_batch(split, start, batch_size)))
+        totals.append((*eval_step(variables, batch, weights), weights.sum()))
         jax.block_until_ready(totals[-2:-1])  # so that `stop` is heard in time
-    losses, errors = zip(*jax.device_get(totals), strict=True)
-    count = len(split.labels)
+    losses, errors, counts = zip(*jax.device_get(totals), strict=True)
+    count = int(sum(counts))
     return float(sum(losses)) / count, 100 * int(sum(errors)) / count

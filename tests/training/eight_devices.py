@@ -27,7 +27,7 @@ preprocess = Preprocess((8, 8, 3), (0.5,) * 3, (0.25,) * 3)
 def train(num_devices, steps, dtype):
     mesh = data_mesh(jax.devices()[:num_devices])
     model = flaxnets.create_model("cifar_resnet8", dtype=dtype, param_dtype=dtype)
-    optimizer = RECIPES["he2015-cifar"].optimizer(100, 8)
+    optimizer = RECIPES["he2015-cifar"].make_optimizer(100, 8)
     step = make_train_step(model, optimizer, preprocess, Augmentation(1, True), 16, mesh)
     state = create_state(model, optimizer, 0, (8, 8, 3), mesh)
     split = replicate(made, mesh)

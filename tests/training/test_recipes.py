@@ -1,29 +1,35 @@
+import re
+from dataclasses import replace
+
+import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+import pytest
+from flax.traverse_util import flatten_dict
 
+from flaxnets.errors import InputError
 from flaxnets.training import RECIPES
+from flaxnets.training.recipes import observe_plateau, plateau_scale
 
 
 def test_he2015_cifar_is_the_papers():
     recipe = RECIPES["he2015-cifar"]
     total = recipe.total_steps(50_000)
     assert total == 64_000
-    rates = recipe.schedule(total, depth=56)
+    rates = recipe.make_schedule(total, depth=56)
     expected = {0: 0.1, 399: 0.1, 31_999: 0.1, 32_000: 0.01, 47_999: 0.01, 48_000: 0.001}
     np.testing.assert_allclose([rates(s) for s in expected], list(expected.values()), rtol=1e-6)
-    deep = recipe.schedule(total, depth=110)
+    deep = recipe.make_schedule(total, depth=110)
     np.testing.assert_allclose([deep(0), deep(399), deep(400)], [0.01, 0.01, 0.1], rtol=1e-6)
     assert (recipe.batch_size, recipe.momentum, recipe.weight_decay) == (128, 0.9, 1e-4)
 
 
 def test_the_schedule_scales_with_the_length():
-    from dataclasses import replace
-
     recipe = replace(RECIPES["he2015-cifar"], steps=None, epochs=2)
     total = recipe.total_steps(50_000)
     assert total == 2 * 390  # the incomplete batch is dropped
-    rates = recipe.schedule(total, depth=56)
+    rates = recipe.make_schedule(total, depth=56)
     expected = {389: 0.1, 390: 0.01, 584: 0.01, 585: 0.001}
     np.testing.assert_allclose([rates(s) for s in expected], list(expected.values()), rtol=1e-6)
 
@@ -31,7 +37,7 @@ def test_the_schedule_scales_with_the_length():
 def test_weight_decay_is_coupled_and_on_every_parameter():
     """Two updates by hand: decay enters the gradient, before momentum."""
     recipe = RECIPES["he2015-cifar"]
-    optimizer = recipe.optimizer(64_000, depth=20)
+    optimizer = recipe.make_optimizer(64_000, depth=20)
     params = {"kernel": jnp.float32([2.0]), "bias": jnp.float32([-3.0])}
     expected = {name: float(value[0]) for name, value in params.items()}
     velocity = dict.fromkeys(expected, 0.0)
@@ -45,3 +51,108 @@ def test_weight_decay_is_coupled_and_on_every_parameter():
             expected[name] = value - 0.1 * velocity[name]
     for name, value in expected.items():
         np.testing.assert_allclose(params[name], [value], rtol=1e-6)
+
+
+def rates(name, epochs_of, examples=50_000):
+    """Learning rate of a preset in each of these epochs (counted from 0), at their first update."""
+    recipe = RECIPES[name]
+    total = recipe.total_steps(examples)
+    schedule = recipe.make_schedule(total, depth=20)
+    return [float(schedule(epoch * total // recipe.epochs)) for epoch in epochs_of]
+
+
+def test_published_schedules():
+    keras = rates("keras-cifar", [0, 79, 80, 119, 120, 159, 160, 179, 180, 199])
+    expected = [1e-3, 1e-3, 1e-4, 1e-4, 1e-5, 1e-5, 1e-6, 1e-6, 5e-7, 5e-7]
+    np.testing.assert_allclose(keras, expected, rtol=1e-5)
+    vision = rates("torchvision-imagenet", [0, 29, 30, 59, 60, 89], 1_281_167)
+    np.testing.assert_allclose(vision, [0.1, 0.1, 0.01, 0.01, 0.001, 0.001], rtol=1e-5)
+    np.testing.assert_allclose(rates("d2l-fashion", [0, 4], 60_000), 1e-3, rtol=1e-6)
+    paper = RECIPES["he2015-imagenet"]
+    assert (paper.steps, paper.batch_size, paper.weight_decay) == (600_000, 256, 1e-4)
+
+
+def test_cosine_rises_and_ends_at_zero():
+    recipe = replace(RECIPES["modern-cifar"], epochs=None, steps=100, warmup=0.2, learning_rate=0.5)
+    schedule = recipe.make_schedule(100, depth=20)
+    np.testing.assert_allclose([schedule(s) for s in (0, 10, 20, 60)], [0, 0.25, 0.5, 0.25])
+    assert 0 < schedule(99) < 0.002
+
+
+PARAMS = {
+    "conv1": {"kernel": jnp.ones((3, 3, 1, 2))},
+    "bn1": {"scale": jnp.ones(2), "bias": jnp.ones(2)},
+    "head": {"kernel": jnp.ones((2, 3)), "bias": jnp.ones(3)},
+}
+
+
+@pytest.mark.parametrize(
+    ("name", "decayed"),
+    [
+        ("he2015-cifar", {"conv1.kernel", "bn1.scale", "bn1.bias", "head.kernel", "head.bias"}),
+        ("modern-cifar", {"conv1.kernel", "head.kernel"}),
+        ("keras-cifar", {"conv1.kernel"}),
+        ("d2l-fashion", set()),
+    ],
+)
+def test_what_decays(name, decayed):
+    """With a gradient of 0 only weight decay moves a parameter."""
+    recipe = replace(RECIPES[name], warmup=0.0)
+    optimizer = recipe.make_optimizer(1000, depth=20)
+    zeros = jax.tree.map(jnp.zeros_like, PARAMS)
+    updates, _ = optimizer.update(zeros, optimizer.init(PARAMS), PARAMS)
+    flat = flatten_dict(updates, sep=".")
+    assert {path for path, update in flat.items() if jnp.abs(update).max() > 0} == decayed
+
+
+@pytest.mark.parametrize("name", list(RECIPES))
+def test_every_recipe_updates(name):
+    optimizer = RECIPES[name].make_optimizer(1000, depth=20)
+    state = optimizer.init(PARAMS)
+    for _ in range(2):  # a rate that rises from 0 does nothing in the first one
+        updates, state = jax.jit(optimizer.update)(PARAMS, state, PARAMS)
+    assert all(jnp.abs(leaf).min() > 0 for leaf in jax.tree.leaves(updates))
+
+
+def test_a_plateau_lowers_the_rate():
+    """After `patience` epochs without a lower loss, by the factor, to the floor and no further."""
+    recipe = replace(
+        RECIPES["he2015-imagenet"], plateau_patience=2, learning_rate=0.1, plateau_floor=0.001
+    )
+    assert recipe.plateau is not None
+    optimizer = recipe.make_optimizer(100, depth=20)
+    state = optimizer.init(PARAMS)
+    first, state = optimizer.update(PARAMS, state, PARAMS)
+    scales = []
+    losses = [3.0, 2.0, 2.0, 2.0, 1.9, 1.95, float("nan"), 1.95, 1.95, 1.95, 1.95]
+    for loss in losses:
+        state = observe_plateau(recipe.plateau, state, loss)
+        scales.append(plateau_scale(state))
+    np.testing.assert_allclose(
+        scales, [1, 1, 1, 0.1, 0.1, 0.1, 0.01, 0.01, 0.01, 0.01, 0.01], rtol=1e-5
+    )
+    later, _ = optimizer.update(
+        jax.tree.map(jnp.zeros_like, PARAMS), state, jax.tree.map(jnp.zeros_like, PARAMS)
+    )
+    # Momentum alone is left of the first update.
+    ratio = later["head"]["bias"] / first["head"]["bias"]
+    np.testing.assert_allclose(ratio, 0.9 * 0.01, rtol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("fields", "problem"),
+    [
+        ({"epochs": None}, "give either steps or epochs"),
+        ({"optimizer": "lion"}, "optimizer is one of sgd, adam, not 'lion'"),
+        ({"decay_at": (0.5, 1.5)}, "decay_at has fractions of the run"),
+        ({"decay_factor": (0.1,)}, "decay_factor is one number, or one for each of the 2 steps"),
+        ({"schedule": "plateau", "decay_factor": (0.1, 0.1)}, "one number between 0 and 1 where"),
+        ({"learning_rate": 0.0}, "learning_rate is above 0"),
+        ({"momentum": 1.0}, "momentum is from 0 to below 1"),
+        ({"weight_decay": -1.0}, "weight_decay is not below 0"),
+        ({"weight_decay": float("nan")}, "weight_decay is not below 0"),
+    ],
+)
+def test_what_is_no_recipe_is_refused(fields, problem):
+    with pytest.raises(InputError, match=re.escape(problem)):
+        replace(RECIPES["digits"], **fields)

@@ -22,7 +22,7 @@ def trained(request, digits):
     """A network after three steps, and the steps that train and evaluate it."""
     mesh = data_mesh()
     model = flaxnets.create_model(f"cifar_{request.param}8", num_classes=10)
-    optimizer = RECIPES["digits"].optimizer(220, 8)
+    optimizer = RECIPES["digits"].make_optimizer(220, 8)
     train_step = make_train_step(
         model, optimizer, digits.preprocess, digits.augmentation, batch_size=128, mesh=mesh
     )
@@ -109,7 +109,7 @@ class FiniteLoss(nn.Module):
 
 def test_a_gradient_that_is_not_finite_is_found_at_its_step(digits):
     mesh, model = data_mesh(), FiniteLoss()
-    optimizer = RECIPES["digits"].optimizer(220, 8)
+    optimizer = RECIPES["digits"].make_optimizer(220, 8)
     step = make_train_step(model, optimizer, digits.preprocess, None, 128, mesh)
     state = create_state(model, optimizer, 0, (8, 8, 1), mesh)
     train = replicate(digits.train, mesh)
@@ -139,7 +139,7 @@ class Residual(Plain):
 def test_twins_see_identical_batches(digits):
     def batch(model, seed):
         mesh = data_mesh()
-        optimizer = RECIPES["digits"].optimizer(220, 8)
+        optimizer = RECIPES["digits"].make_optimizer(220, 8)
         step = make_train_step(
             model, optimizer, digits.preprocess, Augmentation(1, True), 128, mesh
         )

@@ -1,0 +1,532 @@
+"""One network on any images.
+
+    python experiments/train.py --model cifar_resnet20 --dataset cifar10 --recipe modern-cifar
+    python experiments/train.py --model resnet18 --dataset folder:pictures --init-from resnet18.pth
+
+A data set is any prepared TFDS data set or `folder:PATH`, with a folder of pictures for each class
+in PATH/train and PATH/test, or in PATH itself. A recipe (--list-recipes) settles optimizer,
+schedule, length and augmentation; each of its fields can be given another value. The same command
+again continues where it was.
+"""
+
+import argparse
+import contextlib
+import hashlib
+import json
+import re
+import shlex
+import sys
+import types
+import typing
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, fields, replace
+from pathlib import Path
+from typing import Any
+
+import flax.linen as nn
+import jax
+import numpy as np
+import optax
+from rich import box
+from rich.table import Table
+
+import flaxnets
+from flaxnets.config import DTYPES
+from flaxnets.console import (
+    ArgumentParser,
+    Interruption,
+    StudyProgress,
+    check_choice,
+    checkpoint_every,
+    duration,
+    plain_console,
+    positive,
+    run_command,
+)
+from flaxnets.data import Augmentation, Dataset, Preprocess, Split, find_dataset, load_dataset
+from flaxnets.data.batches import IMAGENET_MEAN, IMAGENET_STD
+from flaxnets.data.folder import find_folder
+from flaxnets.data.stream import (
+    StreamedDataset,
+    Subset,
+    find_tfds_stream,
+    hold_out,
+    load_in_memory,
+)
+from flaxnets.errors import InputError
+from flaxnets.files import explained, write_atomic
+from flaxnets.memory import keep_memory
+from flaxnets.models import create_model, published_image_shape
+from flaxnets.models.cost import count_cost
+from flaxnets.models.resnet import ResNet
+from flaxnets.parallel import data_mesh, make_deterministic, replicate
+from flaxnets.restore import restore
+from flaxnets.study import check_place, check_run, environment, lock_directory, write_config
+from flaxnets.tables import millions
+from flaxnets.tensorboard import open_tensorboard
+from flaxnets.training import RECIPES, Program, Progress, Recipe, RunResult, TrainState, train_run
+from flaxnets.training.loop import best_epoch
+from flaxnets.training.recipes import CHOICES, PRESETS
+
+DEFAULT_RECIPE = "adam"
+# Images, decoded, that are kept in memory rather than read again each epoch.
+IN_MEMORY = 2**31
+HEAD = "head"
+
+
+def main(arguments: list[str] | None = None) -> int:
+    args = parse_arguments(arguments)
+    keep_memory()
+    console = plain_console()
+    if args.list_recipes:
+        console.print(recipes_table())
+        return 0
+    if args.deterministic:
+        make_deterministic()
+
+    # What to train on, and how. Everything that can be refused is refused before the slow part.
+    recipe = choose_recipe(args)
+    out = args.out or default_place(args)
+    check_place(out, "run")
+    dataset = open_data(args, recipe)
+    train_rows, validation_rows = split_off_validation(args, dataset, recipe)
+    num_train = len(train_rows)
+    check_batch(recipe, num_train)
+    model, cost, config = plan_run(args, dataset, recipe, num_train, len(validation_rows))
+    begin, origin = initial_weights(args, model, dataset)
+    config["init_from"] = origin
+    run_before = check_run(out, config)
+    total_steps = recipe.total_steps(num_train)
+    console.print(
+        f"{args.model}, {millions(cost.parameters)} parameters, on {num_train:,} images of "
+        f"{args.dataset} ({'streamed' if isinstance(dataset, StreamedDataset) else 'in memory'}), "
+        f"{len(dataset.class_names)} classes; recipe {recipe.name}, {total_steps:,} updates of "
+        f"{recipe.batch_size} images",
+        soft_wrap=True,
+    )
+    if args.dry_run:
+        return 0
+
+    # Train.
+    command = shlex.join(["python", *sys.argv]) if arguments is None else "the same command"
+    name = f"{args.model} seed {args.seed}"
+    with (
+        Interruption(command) as interruption,
+        open_run(out, config),
+        contextlib.ExitStack() as stack,
+    ):
+        program = make_program(args, dataset, recipe, model, train_rows, validation_rows)
+        write = None
+        if args.tensorboard:
+            write = stack.enter_context(open_tensorboard(out, run_before))
+        progress = stack.enter_context(StudyProgress(console, 0, 1, float(cost.work)))
+        run = progress.start_run(
+            name, cost.work, total_steps, program.steps_per_epoch, recipe.batch_size
+        )
+
+        def on_progress(now: Progress) -> None:
+            interruption.unsaved.add(name)
+            run.update(now)
+            if write is not None:
+                write(now.rows)
+
+        result = train_run(
+            program,
+            args.seed,
+            out,
+            on_progress,
+            interruption.requested,
+            args.checkpoint_every,
+            config,
+            begin,
+        )
+        interruption.unsaved.discard(name)
+        run.end(f"{name}: {describe(result)}")
+    if interruption.signal is not None and result.status == "unfinished":
+        interruption.say_how_to_continue()
+        return interruption.exit_status
+    console.print(f"use it: python experiments/evaluate.py {shlex.quote(str(out))}", soft_wrap=True)
+    return 0
+
+
+# Data.
+
+
+def open_data(args: argparse.Namespace, recipe: Recipe) -> Dataset | StreamedDataset:
+    """The images, in memory or as a stream; which, goes by their size unless it is forced."""
+    size = recipe.image_size
+    if args.dataset.startswith("folder:"):
+        streamed = find_folder(args.dataset.removeprefix("folder:"), args.skip_unreadable)
+        for name in streamed.skipped:
+            print(f"warning: {name} cannot be read and is skipped", file=sys.stderr)
+        size = size or published_image_shape(args.model)[0]
+        pixels = size * size * streamed.channels
+        count = len(streamed.train) + len(streamed.test)
+        if args.stream or (pixels * count > IN_MEMORY and not args.in_memory):
+            return streamed
+        return load_in_memory(streamed, size, 1.0)
+    if args.skip_unreadable:
+        raise InputError("--skip-unreadable is for --dataset folder:PATH")
+    info = find_dataset(args.dataset, args.data_dir)
+    shape = info.builder.info.features[info.image_key].shape
+    mixed = None in shape[:2]
+    bytes_in_all = 0 if mixed else info.num_train * shape[0] * shape[1] * shape[2]
+    if args.stream or ((mixed or bytes_in_all > IN_MEMORY) and not args.in_memory):
+        return find_tfds_stream(args.dataset, args.data_dir)
+    if mixed:
+        streamed = find_tfds_stream(args.dataset, args.data_dir)
+        return load_in_memory(streamed, size or published_image_shape(args.model)[0], 1.0)
+    return load_dataset(args.dataset, args.data_dir).resized(size)
+
+
+def split_off_validation(
+    args: argparse.Namespace, dataset: Dataset | StreamedDataset, recipe: Recipe
+) -> tuple[Any, Any]:
+    """Rows of the training images to train on, and those to validate with."""
+    labels, images = dataset.train.labels, number(dataset.train)
+    count = args.validation or 0
+    if args.validation is None and (recipe.schedule == "plateau" or args.patience is not None):
+        count = images // 10
+    if count >= images:
+        raise InputError(f"--validation {count}: there are {images} training images; give fewer")
+    if not count:
+        return np.arange(images), np.arange(0)
+    return hold_out(images if labels is None else labels, count)
+
+
+def number(split: Any) -> int:
+    """Of images."""
+    return len(split.labels) if isinstance(split, Split) else len(split)
+
+
+def make_program(
+    args: argparse.Namespace,
+    dataset: Dataset | StreamedDataset,
+    recipe: Recipe,
+    model: nn.Module,
+    train_rows: Any,
+    validation_rows: Any,
+) -> Program:
+    """The data on their way to the devices, and the steps."""
+    mesh = data_mesh()
+    more: dict[str, Any] = {
+        "optimizer": choose_optimizer(args, recipe, recipe.total_steps(len(train_rows))),
+        "frozen": args.freeze_backbone,
+        "patience": args.patience,
+    }
+    if isinstance(dataset, StreamedDataset):
+        splits = {"test": dataset.test}
+        if len(validation_rows):
+            splits = {"validation": Subset(dataset.train, validation_rows), **splits}
+        return Program.stream(
+            model,
+            args.depth,
+            recipe,
+            Subset(dataset.train, train_rows),
+            stream_preprocess(args, dataset, recipe),
+            mesh,
+            args.seed,
+            splits,
+            workers=args.data_workers,
+            **more,
+        )
+    part = replace(dataset, train=Split(*(array[train_rows] for array in dataset.train)))
+    splits = {"test": dataset.test}
+    if len(validation_rows):
+        held_out = Split(*(array[validation_rows] for array in dataset.train))
+        splits = {"validation": held_out, **splits}
+    return Program.create(model, args.depth, recipe, part, mesh, splits, **more)
+
+
+def stream_preprocess(
+    args: argparse.Namespace, dataset: StreamedDataset, recipe: Recipe
+) -> Preprocess:
+    """With ImageNet's statistics, as torchvision's references: a stream is not read for its own."""
+    size = recipe.image_size or published_image_shape(args.model)[0]
+    grey = dataset.channels == 1
+    mean, std = ((sum(values) / 3,) if grey else values for values in (IMAGENET_MEAN, IMAGENET_STD))
+    return Preprocess((size, size, dataset.channels), mean, std)
+
+
+# What to train: arguments, recipe, network, where it starts.
+
+
+def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
+    parser = ArgumentParser(description=__doc__)
+    add = parser.add_argument
+    add("--model", help="a name that flaxnets.create_model takes, such as resnet18")
+    add("--dataset", default="digits", help="a TFDS data set or folder:PATH (%(default)s)")
+    add("--data-dir", type=Path, help="where TFDS keeps data sets (default: its own)")
+    add("--recipe", default=DEFAULT_RECIPE, metavar="NAME", help="(%(default)s)")
+    add(
+        "--list-recipes", action="store_true", help="print all recipes with their sources, and stop"
+    )
+    add("--seed", type=int, default=0, help="(%(default)s)")
+    add("--validation", type=positive(int), metavar="N", help="hold out so many training images")
+    add("--patience", type=positive(int), metavar="N", help="stop N epochs after the best one")
+    add("--init-from", type=Path, metavar="PATH", help="weights of a run, or a PyTorch file")
+    add("--freeze-backbone", action="store_true", help="train the classifier (head) alone")
+    add("--precision", default="float32", help="float32 (default) or bfloat16")
+    add("--stream", action="store_true", help="read pictures anew each epoch")
+    add("--in-memory", action="store_true", help="read all pictures once")
+    add("--data-workers", type=int, default=0, metavar="N", help="processes that read pictures")
+    add("--skip-unreadable", action="store_true", help="leave out pictures that cannot be read")
+    add("--tensorboard", action="store_true", help="write the metrics as events, too")
+    add("--checkpoint-every", default="60s", type=checkpoint_every, help="(%(default)s)")
+    add("--deterministic", action="store_true", help="the same bits each time on GPUs, too")
+    add("--out", type=Path, help="default: runs/train/<dataset>-<model>-<recipe>/seed-<seed>")
+    add("--dry-run", action="store_true", help="print what would be done, and stop")
+    group = parser.add_argument_group("fields of the recipe, in place of its own")
+    for field in recipe_fields():
+        flag = f"--{field.name.replace('_', '-')}"
+        group.add_argument(flag, metavar="X", help=", ".join(CHOICES.get(field.name, ())))
+    args = parser.parse(arguments)
+    if args.list_recipes:
+        return args
+    if args.model is None:
+        raise InputError("--model is needed, such as --model resnet18 (--help lists the options)")
+    create_model(args.model)
+    check_choice("--precision", args.precision, tuple(DTYPES))
+    check_choice("--recipe", args.recipe, tuple(RECIPES))
+    if not 0 <= args.seed < 2**31:
+        raise InputError("--seed must be from 0 to 2147483647")
+    if args.stream and args.in_memory:
+        raise InputError("--stream and --in-memory exclude each other; give one")
+    if args.data_workers < 0:
+        raise InputError("--data-workers is 0 (threads of this process) or more")
+    if args.freeze_backbone and args.init_from is None:
+        raise InputError("--freeze-backbone needs --init-from: a backbone at random is of no use")
+    depth = re.search(r"\d+", args.model)
+    args.depth = int(depth[0]) if depth else 0
+    return args
+
+
+def recipe_fields() -> list[Any]:
+    return [field for field in fields(Recipe) if field.name != "name"]
+
+
+def choose_recipe(args: argparse.Namespace) -> Recipe:
+    """The recipe asked for, with the fields given on the command line."""
+    hints = typing.get_type_hints(Recipe)
+    given = {
+        field.name: parse_field(field.name, hints[field.name], getattr(args, field.name))
+        for field in recipe_fields()
+        if getattr(args, field.name) is not None
+    }
+    # One length replaces the other.
+    if "epochs" in given and "steps" not in given:
+        given["steps"] = None
+    if "steps" in given and "epochs" not in given:
+        given["epochs"] = None
+    return replace(RECIPES[args.recipe], **given)
+
+
+def parse_field(name: str, kind: Any, text: str) -> Any:
+    """The value of a recipe's field, of its annotated type."""
+    flag = f"--{name.replace('_', '-')}"
+    kinds = typing.get_args(kind) if isinstance(kind, types.UnionType) else (kind,)
+    if name in CHOICES:
+        check_choice(flag, text, CHOICES[name])
+        return text
+    if bool in kinds:
+        check_choice(flag, text, ("true", "false"))
+        return text == "true"
+    listed = [k for k in kinds if typing.get_origin(k) is tuple]
+    with contextlib.suppress(ValueError):
+        if listed and ("," in text or float not in kinds):
+            return tuple(float(part) for part in text.split(",") if part)
+        value = (int if int in kinds else float)(text)
+        if value != value or abs(value) == float("inf"):
+            raise ValueError
+        return value
+    example = "0.5,0.75" if listed else "3" if int in kinds else "0.1"
+    raise InputError(f"{flag} {text!r} is not a number such as {example}")
+
+
+def recipes_table() -> Table:
+    table = Table(box=box.SIMPLE_HEAD)
+    table.add_column("recipe", no_wrap=True)
+    for heading in ("length", "batch", "optimizer", "schedule", "source"):
+        table.add_column(heading)
+    for recipe, source in PRESETS:
+        length = f"{recipe.steps:,} steps" if recipe.steps else f"{recipe.epochs} epochs"
+        rule = f"{recipe.optimizer} {recipe.learning_rate:g}"
+        table.add_row(recipe.name, length, str(recipe.batch_size), rule, recipe.schedule, source)
+    return table
+
+
+def check_batch(recipe: Recipe, num_train: int) -> None:
+    if recipe.batch_size > num_train:
+        raise InputError(
+            f"--batch-size {recipe.batch_size} is more than the {num_train} training images; "
+            f"give at most {num_train}"
+        )
+    if recipe.batch_size % jax.device_count():
+        raise InputError(
+            f"--batch-size {recipe.batch_size} does not divide by the {jax.device_count()} "
+            f"devices; give a multiple of {jax.device_count()}"
+        )
+    if not 0 < recipe.total_steps(num_train) < 2**31:
+        raise InputError("--epochs and --steps: a run is 1 to 2147483647 updates")
+
+
+def default_place(args: argparse.Namespace) -> Path:
+    dataset = args.dataset
+    if dataset.startswith("folder:"):
+        dataset = Path(dataset.removeprefix("folder:")).resolve().name or "folder"
+    return Path("runs/train") / f"{dataset}-{args.model}-{args.recipe}" / f"seed-{args.seed}"
+
+
+def plan_run(
+    args: argparse.Namespace,
+    dataset: Dataset | StreamedDataset,
+    recipe: Recipe,
+    num_train: int,
+    num_validation: int,
+) -> tuple[nn.Module, Any, dict[str, Any]]:
+    """The network, its cost, and the config from which all is built again."""
+    model = create_model(args.model, dataset.num_classes, dtype=DTYPES[args.precision])
+    if isinstance(dataset, StreamedDataset):
+        preprocess, augmentation = stream_preprocess(args, dataset, recipe), Augmentation()
+    else:
+        preprocess, augmentation = dataset.preprocess, dataset.augmentation
+    try:
+        cost = count_cost(model, preprocess.input_shape, dataset.num_classes)
+    except InputError as error:
+        raise InputError(f"{error}; give a larger --image-size") from error
+    config = {
+        "kind": args.model,
+        "depth": args.depth,
+        "seed": args.seed,
+        "model": {"name": args.model, "num_classes": dataset.num_classes, "overrides": {}},
+        "blocks": list(model.stage_sizes) if isinstance(model, ResNet) else [],
+        "block": model.block if isinstance(model, ResNet) else None,
+        "parameters": cost.parameters,
+        "precision": args.precision,
+        "class_names": list(dataset.class_names),
+        "preprocess": asdict(preprocess),
+        "dataset": {
+            "name": args.dataset,
+            "version": dataset.version,
+            "streamed": isinstance(dataset, StreamedDataset),
+            "train_examples": num_train,
+            "validation_examples": num_validation,
+            "test_examples": number(dataset.test),
+            "sha256": dataset.fingerprint(),
+        },
+        "augmentation": asdict(augmentation),
+        "recipe": asdict(recipe),
+        "freeze_backbone": args.freeze_backbone,
+        "patience": args.patience,
+        "total_steps": recipe.total_steps(num_train),
+    }
+    return model, cost, config
+
+
+def choose_optimizer(
+    args: argparse.Namespace, recipe: Recipe, total_steps: int
+) -> optax.GradientTransformation:
+    optimizer = recipe.make_optimizer(total_steps, args.depth)
+    if not args.freeze_backbone:
+        return optimizer
+
+    def labels(params: Any) -> Any:
+        return {
+            name: jax.tree.map(lambda _, name=name: "train" if name == HEAD else "freeze", child)
+            for name, child in params.items()
+        }
+
+    return optax.multi_transform({"train": optimizer, "freeze": optax.set_to_zero()}, labels)
+
+
+def initial_weights(
+    args: argparse.Namespace, model: nn.Module, dataset: Dataset | StreamedDataset
+) -> tuple[Callable[[TrainState], TrainState], dict[str, str] | None]:
+    """What turns the first state into one with the weights of --init-from, and what they are."""
+    path = args.init_from
+    if path is None:
+        return lambda state: state, None
+    if path.is_dir():
+        run = restore(path)
+        variables, digest = jax.device_get(run.variables), f"step {run.step}"
+        keeps_head = run.class_names == tuple(dataset.class_names)
+    elif path.is_file():
+        _, variables = flaxnets.load_torch(args.model, path, num_classes=dataset.num_classes)
+        digest = hashlib.sha256(path.read_bytes()).hexdigest()
+        keeps_head = True  # `load_torch` has made a new one where the classes differ
+    else:
+        raise InputError(f"--init-from {path}: there is no such run directory or file")
+
+    def begin(state: TrainState) -> TrainState:
+        params = take(state.params, variables["params"], keeps_head, path)
+        stats = take(state.batch_stats, variables.get("batch_stats", {}), True, path)
+        mesh = data_mesh()
+        return state.replace(params=replicate(params, mesh), batch_stats=replicate(stats, mesh))
+
+    shapes = jax.eval_shape(
+        lambda: model.init(jax.random.key(0), jax.numpy.zeros((1, *input_shape(args, dataset))))
+    )
+    take(shapes["params"], variables["params"], keeps_head, path)
+    return begin, {"path": str(path), "digest": digest}
+
+
+def input_shape(args: argparse.Namespace, dataset: Dataset | StreamedDataset) -> tuple[int, ...]:
+    if isinstance(dataset, Dataset):
+        return dataset.preprocess.input_shape
+    return stream_preprocess(args, dataset, choose_recipe(args)).input_shape
+
+
+def take(own: Any, other: Any, keeps_head: bool, path: Path) -> Any:
+    """`own` with the arrays of `other`, which must be of the same names and shapes; but for those
+    of the head where that is new."""
+    if not keeps_head:
+        other = {**other, HEAD: own[HEAD]}
+    shapes = [
+        {jax.tree_util.keystr(p): leaf.shape for p, leaf in jax.tree.leaves_with_path(tree)}
+        for tree in (own, other)
+    ]
+    for name in sorted(shapes[0].keys() | shapes[1].keys()):
+        there, here = shapes[1].get(name), shapes[0].get(name)
+        if there != here:
+            raise InputError(
+                f"--init-from {path} does not fit this network: {name} is {there} there and "
+                f"{here} here; give weights of the same network and kind of images"
+            )
+    return other
+
+
+@contextlib.contextmanager
+def open_run(out: Path, config: dict[str, Any]) -> Iterator[None]:
+    """Make `out` the directory of this run, and this process the only one that writes to it."""
+    with explained(out / "config.json", 0):
+        out.mkdir(parents=True, exist_ok=True)
+    with lock_directory(out):
+        check_run(out, config)
+        write_config(out, config)
+        write_atomic(out / "environment.json", json.dumps(environment(), indent=2) + "\n")
+        yield
+
+
+def describe(result: RunResult) -> str:
+    """A run in a few words."""
+    if result.status == "unfinished":
+        return f"stopped at step {result.step}"
+    if result.status == "diverged":
+        return (
+            f"diverged at step {result.diverged_step}, {duration(result.seconds)}; "
+            "try a lower --learning-rate"
+        )
+    last = result.rows[-1]
+    words = f"test error {last['test_error']:.2f} %, test loss {last['test_loss']:.4f}"
+    best = best_epoch(result.rows)
+    if best is not None:
+        row = result.rows[best]
+        words += (
+            f"; at the lowest validation error, {row['validation_error']:.2f} % after epoch "
+            f"{row['epoch']}, test error {row['test_error']:.2f} %"
+        )
+    return f"{words}; {duration(result.seconds)}"
+
+
+if __name__ == "__main__":
+    sys.exit(run_command(main))

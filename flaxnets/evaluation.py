@@ -1,0 +1,166 @@
+"""How good a trained network is: its logits on a split, and the measures made from them."""
+
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from flaxnets.data.batches import Augmentation, Preprocess
+from flaxnets.parallel import data_mesh, replicate, replicated, split_batch
+from flaxnets.training.steps import cross_entropy
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """Measures over all images of a split, each counted once.
+
+    Attributes:
+      count: images.
+      loss: mean cross-entropy.
+      top1_error: percent of the images whose largest logit is not the label's.
+      top5_error: percent whose label's logit is not among the five largest; None where there are
+        five classes or fewer.
+      class_counts: int `(classes,)`, images of each class.
+      class_accuracy: float `(classes,)`, percent of them that are classified as such; NaN for a
+        class without images.
+      confusion: int `(classes, classes)`, images of each class (row) that are taken for each class
+        (column).
+      undecided: images with NaN logits. They count as errors and are in no column of `confusion`.
+    """
+
+    count: int
+    loss: float
+    top1_error: float
+    top5_error: float | None
+    class_counts: np.ndarray
+    class_accuracy: np.ndarray
+    confusion: np.ndarray
+    undecided: int
+
+
+def evaluate_logits(logits: np.ndarray, labels: np.ndarray) -> Evaluation:
+    """Measure logits `(n, classes)` of images whose labels are int `(n,)`.
+
+    Of equal logits, the first one counts as the larger.
+
+    Raises:
+      ValueError: there are no images, or their shapes or labels do not fit.
+    """
+    logits, labels = np.asarray(logits), np.asarray(labels)
+    if logits.ndim != 2 or labels.shape != logits.shape[:1] or not logits.size:
+        raise ValueError(f"logits {logits.shape} and labels {labels.shape} do not fit")
+    count, classes = logits.shape
+    if labels.min() < 0 or labels.max() >= classes:
+        found = f"{labels.min()} to {labels.max()}"
+        raise ValueError(f"labels are from 0 to {classes - 1}, not from {found}")
+    decided = ~np.isnan(logits).any(axis=1)
+    rank = np.where(decided, _rank(logits, labels), classes)
+    confusion = np.zeros((classes, classes), np.int64)
+    np.add.at(confusion, (labels[decided], logits[decided].argmax(axis=1)), 1)
+    class_counts = np.bincount(labels, minlength=classes)
+    losses = cross_entropy(jnp.asarray(logits), jnp.asarray(labels))
+    with np.errstate(invalid="ignore"):
+        class_accuracy = 100 * confusion.diagonal() / class_counts
+    return Evaluation(
+        count=count,
+        loss=float(np.asarray(losses, np.float64).mean()),
+        top1_error=100 * int((rank >= 1).sum()) / count,
+        top5_error=100 * int((rank >= 5).sum()) / count if classes > 5 else None,
+        class_counts=class_counts,
+        class_accuracy=class_accuracy,
+        confusion=confusion,
+        undecided=count - int(decided.sum()),
+    )
+
+
+def _rank(logits: np.ndarray, labels: np.ndarray) -> np.ndarray:
+    """How many classes come before the label's when they are sorted by their logits, `(n,)`."""
+    own = np.take_along_axis(logits, labels[:, None], axis=1)
+    earlier = np.arange(logits.shape[1]) < labels[:, None]
+    return ((logits > own) | ((logits == own) & earlier)).sum(axis=1)
+
+
+def compute_probabilities(logits: np.ndarray) -> np.ndarray:
+    """The softmax of logits `(n, classes)`, in float64, which tells confident ones apart; NaN where
+    logits are."""
+    logits = np.asarray(logits, np.float64)
+    with np.errstate(invalid="ignore"):
+        exponentials = np.exp(logits - logits.max(axis=1, keepdims=True))
+    return exponentials / exponentials.sum(axis=1, keepdims=True)
+
+
+def most_confidently_wrong(logits: np.ndarray, labels: np.ndarray, count: int) -> np.ndarray:
+    """Indices of misclassified images, at most `count`, the greatest probability of a wrong class
+    first.
+
+    Images with NaN logits are left out: nothing can be said of what they are taken for.
+
+    Args:
+      logits: `(n, classes)`.
+      labels: int `(n,)`.
+    """
+    decided = ~np.isnan(logits).any(axis=1)
+    wrong = np.flatnonzero(decided & (logits.argmax(axis=1) != labels))
+    confidence = compute_probabilities(logits[wrong]).max(axis=1, initial=0)
+    return wrong[np.argsort(-confidence, kind="stable")[:count]]
+
+
+def evaluation_fraction(config: dict[str, Any]) -> float:
+    """Share of a picture's shorter side that the network of a run was evaluated on in training,
+    going by the run's config: 224 of 256 where it was trained on crops of streamed pictures."""
+    dataset, recipe = config.get("dataset"), config.get("recipe")
+    streamed = isinstance(dataset, dict) and dataset.get("streamed") is True
+    augment = recipe.get("augment") if isinstance(recipe, dict) else None
+    crops = isinstance(augment, str) and augment.endswith("-crop")
+    return Augmentation(crop="resized" if streamed and crops else "none").seen_at_evaluation
+
+
+def evaluation_batch(image_shape: tuple[int, int, int]) -> int:
+    """Images of that height, width and channels to evaluate at a time: 256, or as many as have the
+    pixels of 256 of 96x96, because maps of large images take much memory."""
+    height, width, _ = image_shape
+    return int(np.clip(256 * 96 * 96 // (height * width), 1, 256))
+
+
+def compute_logits(
+    model: nn.Module,
+    variables: dict[str, Any],
+    preprocess: Preprocess,
+    images: np.ndarray,
+    batch_size: int,
+) -> np.ndarray:
+    """The network's output in evaluation mode for one image or more, batch by batch, each split
+    over all devices.
+
+    Args:
+      model: a Linen module for classification.
+      variables: its `params` and `batch_stats`.
+      preprocess: makes the network's input of `images`.
+      images: uint8 `(n, height, width, channels)`.
+      batch_size: over all devices; made to divide by them, and no greater than needed.
+
+    Returns:
+      float32 `(n, classes)`.
+    """
+    mesh = data_mesh()
+    batch_size = -(-min(batch_size, len(images)) // mesh.size) * mesh.size
+    variables = replicate(variables, mesh)
+
+    @partial(jax.jit, out_shardings=replicated(mesh))
+    def apply(variables: dict[str, Any], batch: jax.Array) -> jax.Array:
+        logits: Any = model.apply(variables, preprocess(batch), train=False)
+        return logits.astype(jnp.float32)
+
+    logits: list[jax.Array] = []
+    for start in range(0, len(images), batch_size):
+        batch = images[start : start + batch_size]
+        padding = ((0, batch_size - len(batch)), (0, 0), (0, 0), (0, 0))
+        batch = jax.device_put(np.pad(batch, padding), split_batch(mesh))
+        logits.append(apply(variables, batch))
+        # Two batches at a time: waiting for each would leave the device idle.
+        jax.block_until_ready(logits[-2:-1])
+    return np.concatenate(jax.device_get(logits))[: len(images)]

@@ -1,0 +1,134 @@
+"""Pictures of what a network gets wrong: its confusion matrix, and the images themselves."""
+
+import io
+import textwrap
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.colors import PowerNorm
+from matplotlib.figure import Figure
+from matplotlib.patches import Rectangle
+
+from flaxnets.files import write_atomic
+
+# Of the confusion matrix: inches a class, and the whole at least and at most.
+CELL, SMALLEST, LARGEST = 0.46, 2.6, 14.0
+MOST_COUNTED = 25  # classes up to which the number of images is written in each cell
+MOST_NAMED = 120  # classes up to which each is named beside its row and column
+# Of the contact sheet: inches of a column, of a picture, and above the first row.
+COLUMNS, WIDTH, PICTURE, TITLE = 5, 1.65, 1.25, 0.55
+
+
+def draw_confusion(
+    confusion: np.ndarray, class_names: Sequence[str], path: Path, title: str
+) -> None:
+    """Draw a confusion matrix, true classes in rows, to `path`, whose suffix gives the format.
+
+    Colour is the share of the row's images, so that rare classes show as well as frequent ones, on
+    a scale that sets small shares apart. Up to 25 classes the number of images is written in each
+    cell, up to 120 the name of each class at its row and column.
+
+    Args:
+      confusion: int `(classes, classes)`, images of each class (row) taken for each (column).
+      class_names: of rows and columns.
+
+    Raises:
+      StorageError: it cannot be written.
+    """
+    classes = len(confusion)
+    shares = 100 * confusion / np.maximum(confusion.sum(axis=1, keepdims=True), 1)
+    side = float(np.clip(CELL * classes, SMALLEST, LARGEST))
+    figure = Figure(figsize=(side + 2.6, side + 1.6), layout="constrained")
+    ax = figure.subplots()
+    # Each class a whole number of pixels or more, or an interpolation of them.
+    image = ax.imshow(shares, cmap="Blues", norm=PowerNorm(0.5, 0, 100), interpolation="auto")
+    if classes <= MOST_COUNTED:
+        for (row, column), number in np.ndenumerate(confusion):
+            if number:
+                colour = "white" if shares[row, column] > 35 else "black"
+                size = 9 if number < 10_000 else 6
+                place = {"ha": "center", "va": "center_baseline", "fontsize": size}
+                ax.text(column, row, f"{number}", color=colour, **place)
+    if classes <= MOST_NAMED:
+        _name_classes(ax, class_names, side / classes)
+    ax.set_xlabel("predicted")
+    ax.set_ylabel("true")
+    bar = figure.colorbar(image, ax=ax, shrink=min(1.0, 4 / side), label="share of the class, %")
+    bar.set_ticks([0, 1, 5, 10, 25, 50, 75, 100])
+    bar.outline.set_visible(False)  # pyright: ignore[reportCallIssue]
+    ax.spines[:].set_color("0.8")
+    _set_title(figure, title)
+    _write(figure, path)
+
+
+def _name_classes(ax: Axes, class_names: Sequence[str], cell: float) -> None:
+    """Write the names beside rows and columns, each of which is `cell` inches wide."""
+    names = [shorten(name, 20) for name in class_names]
+    size = min(9.0, 0.8 * 72 * cell)
+    fits = max(map(len, names)) * 0.65 * size < 72 * cell
+    style: dict[str, Any] = {"fontsize": size, "parse_math": False}
+    ax.set_xticks(range(len(names)), names, rotation=0 if fits else 90, **style)
+    ax.set_yticks(range(len(names)), names, **style)
+    ax.tick_params(length=0)
+
+
+def draw_contact_sheet(
+    images: Sequence[np.ndarray], captions: Sequence[str], path: Path, title: str
+) -> None:
+    """Draw small pictures in rows of five, each with a caption above it, to `path`, whose suffix
+    gives the format. Without any, the title alone is drawn.
+
+    Args:
+      images: uint8 `(height, width, channels)` each, of 1 or 3 channels.
+      captions: of the images; may have several lines.
+
+    Raises:
+      StorageError: it cannot be written.
+    """
+    lines = max((caption.count("\n") + 1 for caption in captions), default=0)
+    rows = -(-len(images) // COLUMNS)
+    height = PICTURE + 0.14 * lines + 0.16  # inches, of a picture with its caption
+    figure = Figure(figsize=(WIDTH * COLUMNS, TITLE + height * rows))
+    _set_title(figure, title, y=1 - 0.1 / figure.get_figheight(), va="top")
+    # One pair of axes in inches: with one for each picture it takes five times as long.
+    ax = figure.add_axes((0, 0, 1, 1))
+    for i, (image, caption) in enumerate(zip(images, captions, strict=True)):
+        row, column = divmod(i, COLUMNS)
+        x, bottom = WIDTH * (column + 0.5), height * (rows - 1 - row) + 0.08
+        tall, wide = PICTURE * np.array(image.shape[:2]) / max(image.shape[:2])
+        box = (x - wide / 2, x + wide / 2, bottom, bottom + tall)
+        grey = image.shape[-1] == 1
+        ax.imshow(image[..., 0] if grey else image, cmap="gray", vmin=0, vmax=255, extent=box)
+        ax.add_patch(Rectangle((box[0], bottom), wide, tall, fill=False, ec="0.7", lw=0.6))
+        place = {"ha": "center", "va": "bottom", "fontsize": 7, "parse_math": False}
+        ax.text(x, bottom + tall + 0.04, caption, **place)
+    ax.set_xlim(0, figure.get_figwidth())
+    ax.set_ylim(0, figure.get_figheight())
+    ax.axis("off")
+    _write(figure, path)
+
+
+def _set_title(figure: Figure, title: str, **place: Any) -> None:
+    # Matplotlib's own wrapping would take dollar signs for formulas.
+    width = int(11 * figure.get_figwidth())  # characters
+    lines = [textwrap.fill(shorten(line, 300), width) for line in title.splitlines()]
+    figure.suptitle("\n".join(lines), fontsize="medium", parse_math=False, **place)
+
+
+def shorten(text: str, most: int) -> str:
+    """`text` in at most so many characters, without any that could not be printed or drawn."""
+    text = "".join(c if c.isprintable() else "?" for c in text)
+    return text if len(text) <= most else f"{text[: most - 1]}…"
+
+
+def _write(figure: Figure, path: Path) -> None:
+    picture = io.BytesIO()
+    with warnings.catch_warnings():
+        # Of scripts that the font does not have: boxes are drawn.
+        warnings.filterwarnings("ignore", "Glyph .* missing from", UserWarning)
+        figure.savefig(picture, dpi=160, format=path.suffix.lstrip("."))
+    write_atomic(path, picture.getvalue())

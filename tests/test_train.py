@@ -1,0 +1,340 @@
+"""The command that trains one network, as a user types it."""
+
+import csv
+import json
+import shutil
+import signal
+import struct
+import subprocess
+import sys
+import time
+
+import jax
+import numpy as np
+import pytest
+from PIL import Image
+
+import flaxnets
+from flaxnets.console import run_command
+from flaxnets.training import RECIPES
+from tests.studies import ROOT, assert_same_run, finish, start
+
+COMMAND = (sys.executable, ROOT / "experiments" / "train.py")
+SMALL = (
+    "--model",
+    "cifar_resnet8",
+    "--epochs",
+    "3",
+    "--augment",
+    "none",
+    "--checkpoint-every",
+    "5steps",
+)
+
+
+@pytest.fixture(scope="session")
+def pictures(digits, tmp_path_factory):
+    """A folder of real digits, 0 to 2, as pictures of several sizes and kinds."""
+    folder = tmp_path_factory.mktemp("pictures")
+    for split, (images, labels), most in (("train", digits.train, 50), ("test", digits.test, 15)):
+        for label in range(3):
+            place = folder / split / f"class {label}"
+            place.mkdir(parents=True)
+            for i, image in enumerate(images[labels == label][:most]):
+                picture = Image.fromarray(image[..., 0]).resize((16 + i % 5, 18), 2)
+                picture.convert("RGB" if i % 2 else "L").save(
+                    place / f"{i}.{('png', 'jpg', 'bmp')[i % 3]}", quality=95
+                )
+    return folder
+
+
+@pytest.fixture
+def command(train, data_dir, tmp_path, monkeypatch, capsys):
+    """Run the command in this process, in an empty working directory: status, stdout, stderr."""
+    monkeypatch.chdir(tmp_path)
+
+    def run(*arguments):
+        status = run_command(train.main, [*map(str, arguments), "--data-dir", str(data_dir)])
+        captured = capsys.readouterr()
+        return status, captured.out, captured.err
+
+    return run
+
+
+@pytest.fixture(scope="module")
+def trained(train, data_dir, tmp_path_factory):
+    """A finished run with validation. Not to be changed."""
+    out = tmp_path_factory.mktemp("trained") / "out"
+    arguments = [*SMALL, "--validation", "300", "--data-dir", str(data_dir), "--out", str(out)]
+    assert run_command(train.main, arguments) == 0
+    return out, arguments
+
+
+def rows_of(out):
+    with (out / "metrics.csv").open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def test_a_run(trained, digits):
+    out, _ = trained
+    rows = rows_of(out)
+    assert [row["step"] for row in rows] == ["8", "16", "24"]  # (1437 - 300) // 128 an epoch
+    assert float(rows[-1]["test_error"]) < 60
+    run = flaxnets.restore(out)
+    assert run.step == 24
+    images, labels = digits.test
+    logits = run.model.apply(run.variables, run.preprocess(images))
+    wrong = int((np.argmax(logits, -1) != labels).sum())
+    assert 100 * wrong / len(labels) == float(rows[-1]["test_error"])
+
+
+def test_the_best_checkpoint_is_that_of_the_lowest_validation_error(trained, digits):
+    out, _ = trained
+    errors = [float(row["validation_error"]) for row in rows_of(out)]
+    best = flaxnets.restore(out, which="best")
+    assert best.step == 8 * (1 + int(np.argmin(errors)))
+    # The very images that it was not trained on.
+    config = json.loads((out / "config.json").read_text())
+    assert config["dataset"]["validation_examples"] == 300
+    from flaxnets.data.stream import hold_out
+
+    _, rows = hold_out(digits.train.labels, 300)
+    logits = best.model.apply(best.variables, best.preprocess(digits.train.images[rows]))
+    wrong = int((np.argmax(logits, -1) != digits.train.labels[rows]).sum())
+    assert 100 * wrong / 300 == min(errors)
+
+
+@pytest.fixture(scope="module")
+def streamed(train, pictures, tmp_path_factory):
+    """The same from pictures that are read anew each epoch, with crops, mirror images and noise."""
+    out = tmp_path_factory.mktemp("streamed") / "out"
+    arguments = ["--model", "cifar_resnet8", "--dataset", f"folder:{pictures}", "--stream"]
+    arguments += ["--image-size", "16", "--batch-size", "16", "--validation", "20"]
+    arguments += ["--augment", "resized-crop", "--colour-noise", "0.1", "--epochs", "3"]
+    arguments += ["--checkpoint-every", "5steps", "--out", str(out)]
+    assert run_command(train.main, arguments) == 0
+    return out, arguments
+
+
+class Killed(BaseException):
+    pass
+
+
+@pytest.mark.parametrize("kind", ["trained", "streamed"])
+def test_a_killed_run_goes_on_bit_for_bit(request, train, tmp_path, monkeypatch, kind):
+    """Killed once its first and its second epoch have been measured."""
+    import flaxnets.training.loop as loop
+
+    out, arguments = request.getfixturevalue(kind)
+    arguments = [*arguments[:-1], str(tmp_path / "out")]
+    for epochs in (1, 2):
+        with monkeypatch.context() as patch:
+            write = loop.write_metrics
+
+            def killed(directory, rows, columns, epochs=epochs, write=write):
+                write(directory, rows, columns)
+                if len(rows) == epochs:
+                    raise Killed
+
+            patch.setattr(loop, "write_metrics", killed)
+            with pytest.raises(Killed):
+                train.main(arguments)
+    assert run_command(train.main, arguments) == 0
+    assert_same_run(tmp_path / "out", out)
+    best = [flaxnets.restore(place, which="best") for place in (out, tmp_path / "out")]
+    assert best[0].step == best[1].step
+    jax.tree.map(np.testing.assert_array_equal, *(run.variables for run in best))
+
+
+def test_a_finished_run_is_not_trained_again(trained, command):
+    out, arguments = trained
+    before = (out / "metrics.csv").read_bytes()
+    status, printed, _ = command(*arguments[:-4], "--out", out)
+    assert status == 0
+    assert "cifar_resnet8 seed 0: test error" in printed
+    assert (out / "metrics.csv").read_bytes() == before
+
+
+def test_another_run_is_refused(trained, command):
+    out, arguments = trained
+    status, _, err = command(*arguments[:-4], "--out", out, "--learning-rate", "0.5")
+    assert status == 2
+    assert "recipe.learning_rate is 0.001 there and 0.5 here" in err
+    assert f"use --out {out}-2" in err
+
+
+@pytest.mark.parametrize("how", ["--in-memory", "--stream"])
+def test_a_folder_of_pictures(pictures, command, tmp_path, how):
+    """Trained, and then fine-tuned with one class fewer: the backbone is kept, the head is new."""
+    arguments = (*SMALL, "--batch-size", "32", "--image-size", "16", how)
+    status, printed, err = command(*arguments, "--dataset", f"folder:{pictures}", "--out", "first")
+    assert status == 0, err
+    assert "150 images" in printed
+    assert "3 classes" in printed
+    first = flaxnets.restore("first")
+    assert first.class_names == ("class 0", "class 1", "class 2")
+    assert len(rows_of(tmp_path / "first")) == 3
+
+    two = tmp_path / "two"
+    shutil.copytree(pictures, two)
+    for split in ("train", "test"):
+        shutil.rmtree(two / split / "class 1")
+    status, printed, err = command(
+        *arguments, "--dataset", f"folder:{two}", "--init-from", "first", "--freeze-backbone",
+        "--out", "second",
+    )  # fmt: skip
+    assert status == 0, err
+    second = flaxnets.restore("second")
+    assert second.variables["params"]["head"]["kernel"].shape == (64, 2)
+    for name in ("params", "batch_stats"):
+        for part in first.variables[name]:
+            if part != "head":
+                jax.tree.map(
+                    np.testing.assert_array_equal,
+                    first.variables[name][part],
+                    second.variables[name][part],
+                )
+
+
+def test_pytorch_weights_are_a_start(command, tmp_path, data_dir):
+    model = flaxnets.create_model("cifar_resnet8", num_classes=7)
+    from tests.helpers import random_variables
+
+    variables = random_variables(model, np.zeros((1, 8, 8, 1), np.float32))
+    flaxnets.save_torch(variables, "cifar_resnet8", tmp_path / "w.safetensors", num_classes=7)
+    status, _, err = command(*SMALL, "--steps", "1", "--epochs", "1", "--dry-run")
+    assert status == 2
+    assert "give either steps or epochs" in err
+    status, _, err = command(
+        "--model", "cifar_resnet8", "--steps", "1", "--init-from", "w.safetensors",
+        "--freeze-backbone", "--out", "out",
+    )  # fmt: skip
+    assert status == 0, err
+    run = flaxnets.restore("out")
+    np.testing.assert_array_equal(
+        run.variables["params"]["conv1"]["kernel"], variables["params"]["conv1"]["kernel"]
+    )
+    assert run.variables["params"]["head"]["bias"].shape == (10,)
+
+
+def test_early_stopping(command, tmp_path):
+    """Training at a rate of almost nothing, errors do not fall after the first epoch."""
+    status, printed, err = command(
+        "--model", "cifar_resnet8", "--learning-rate", "1e-12", "--patience", "2", "--epochs", "9",
+        "--augment", "none", "--weight-decay", "0", "--schedule", "steps", "--decay-at", "0.5",
+        "--out", "out",
+    )  # fmt: skip
+    assert status == 0, err
+    rows = rows_of(tmp_path / "out")
+    errors = [float(row["validation_error"]) for row in rows]
+    assert len(rows) == 3 + int(np.argmin(errors))
+    assert len(rows) < 9
+    assert "at the lowest validation error" in printed
+
+
+def test_divergence(command):
+    status, printed, _ = command(
+        "--model", "cifar_plain8", "--optimizer", "sgd", "--learning-rate", "1e30", "--epochs", "2",
+        "--validation", "100", "--out", "out", "--warmup", "0",
+    )  # fmt: skip
+    assert status == 0
+    assert "diverged at step" in printed
+    assert "try a lower --learning-rate" in printed
+
+
+def test_recipes_are_listed(command):
+    status, printed, _ = command("--list-recipes")
+    assert status == 0
+    assert all(name in printed for name in RECIPES)
+    assert "arXiv:1512.03385, section 4.2" in printed
+
+
+@pytest.mark.parametrize(
+    ("arguments", "problem"),
+    [
+        ("", "--model is needed"),
+        ("--model resnet19", "has depths 18, 34"),
+        ("--model cifar_resnet8 --recipe he2015-cifer", "did you mean he2015-cifar?"),
+        ("--model cifar_resnet8 --dataset folder:nowhere", "nowhere"),
+        ("--model cifar_resnet8 --dataset mnits", "mnist"),
+        ("--model cifar_resnet8 --optimizer lion", "--optimizer is one of sgd, adam"),
+        ("--model cifar_resnet8 --nesterov yes", "--nesterov is one of true, false"),
+        ("--model cifar_resnet8 --decay-at 0.5,x", "--decay-at '0.5,x' is not a number such as"),
+        ("--model cifar_resnet8 --learning-rate -1", "learning_rate is above 0"),
+        ("--model cifar_resnet8 --learning-rate nan", "--learning-rate 'nan' is not a number"),
+        ("--model cifar_resnet8 --epochs 0", "--epochs and --steps"),
+        ("--model cifar_resnet8 --batch-size 2000", "more than the 1437 training images"),
+        ("--model cifar_resnet8 --validation 1437", "there are 1437 training images"),
+        ("--model cifar_resnet8 --freeze-backbone", "--freeze-backbone needs --init-from"),
+        ("--model cifar_resnet8 --init-from nowhere", "there is no such run directory or file"),
+        ("--model cifar_resnet8 --stream --in-memory", "exclude each other"),
+        ("--model cifar_resnet8 --skip-unreadable", "--skip-unreadable is for"),
+        ("--model cifar_resnet8 --seed -1", "--seed must be"),
+        ("--model cifar_resnet8 --lerning-rate 1", "did you mean --learning-rate?"),
+        ("--model alexnet --image-size 20", "too small"),
+        ("--model cifar_resnet8 --out .", "holds something that is not a run"),
+    ],
+)
+def test_what_cannot_be_is_refused_in_one_line(command, tmp_path, arguments, problem):
+    (tmp_path / "something").touch()
+    status, _, err = command(*arguments.split())
+    assert status == 2
+    assert problem in err
+    assert err.startswith("error: ")
+    assert err.count("\n") == 1
+    assert [path.name for path in tmp_path.iterdir()] == ["something"]
+
+
+def events(directory):
+    """Every scalar in the event files: (name, step) -> value; later files replace earlier ones."""
+    from tensorboardX.proto.event_pb2 import Event
+
+    scalars = {}
+    for path in sorted(directory.glob("events*")):
+        data = path.read_bytes()
+        while data:
+            (length,) = struct.unpack("<Q", data[:8])
+            event = Event.FromString(data[12 : 12 + length])
+            scalars |= {(v.tag, event.step): v.simple_value for v in event.summary.value}
+            data = data[12 + length + 4 :]
+    return scalars
+
+
+def test_tensorboard_has_the_metrics(command, tmp_path):
+    arguments = ("--model", "cifar_resnet8", "--steps", "22", "--out", "out", "--tensorboard")
+    status, _, err = command(*arguments)
+    assert status == 0, err
+    rows = rows_of(tmp_path / "out")
+    scalars = events(tmp_path / "out" / "tensorboard")
+    assert {step for _, step in scalars} == {11, 22}
+    for row in rows:
+        for name in ("test_error", "running_train_loss", "learning_rate"):
+            found = scalars[f"{name}", int(row["step"])]
+            np.testing.assert_allclose(found, float(row[name]), rtol=1e-6)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
+def test_stopped_with_worker_processes(streamed, tmp_path, number):
+    """By a signal, with two processes that read pictures: nothing is left running, and the same
+    command ends as the run that was left alone and read in threads."""
+    out, arguments = streamed
+    out2 = tmp_path / "out"
+    command = [*COMMAND, *arguments[:-1], out2, "--data-workers", "2"]
+    process = start(*command)
+    while not (out2 / "metrics.csv").exists():
+        assert process.poll() is None
+        time.sleep(0.02)
+    process.send_signal(number)
+    _, err = process.communicate(timeout=120)
+    if number == signal.SIGKILL:
+        assert process.returncode == -number
+    else:
+        assert process.returncode == 128 + number
+        assert "stopped and saved; continue with: python" in err
+    status, _, err = finish(*command)
+    assert status == 0, err
+    assert_same_run(out2, out)
+    assert not subprocess.run(
+        ["pgrep", "-f", str(out2)], capture_output=True, text=True, check=False
+    ).stdout
