@@ -1,0 +1,452 @@
+"""Measure a trained network on a whole split, class by class, and show what it gets wrong.
+
+    python experiments/evaluate.py runs/degradation/digits-cifar/residual-18/seed-0
+    python experiments/evaluate.py resnet50.pth --model resnet50 --dataset folder:pictures
+
+A run is measured on the data it was trained with, unless --dataset names others of the same
+classes. PyTorch weights are measured on images of the size that the network is published for,
+normalised with ImageNet's mean and standard deviation, as torchvision does it.
+"""
+
+import argparse
+import csv
+import io
+import json
+import math
+import os
+import re
+import sys
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import flax.linen as nn
+import numpy as np
+from rich import box
+from rich.console import Console
+from rich.table import Table
+
+from flaxnets.console import ArgumentParser, check_choice, plain_console, run_command
+from flaxnets.data import Dataset, Preprocess, Split, find_dataset, load_dataset
+from flaxnets.data.batches import IMAGENET_MEAN, IMAGENET_STD
+from flaxnets.data.datasets import DatasetInfo
+from flaxnets.data.folder import find_folder
+from flaxnets.data.stream import (
+    StreamedDataset,
+    Subset,
+    find_tfds_stream,
+    hold_out,
+    load_in_memory,
+)
+from flaxnets.errors import InputError
+from flaxnets.evaluation import (
+    Evaluation,
+    compute_logits,
+    compute_probabilities,
+    evaluate_logits,
+    evaluation_batch,
+    evaluation_fraction,
+    most_confidently_wrong,
+)
+from flaxnets.files import explained, write_atomic
+from flaxnets.models import create_model, published_image_shape
+from flaxnets.pictures import draw_confusion, draw_contact_sheet, shorten
+from flaxnets.restore import Restored, restore
+from flaxnets.torch_weights import load_torch
+
+WEIGHTS = (".safetensors", ".pth", ".pt", ".th")
+# The share of a picture's shorter side that torchvision's networks are evaluated on, 224 of 256.
+IMAGENET_FRACTION = 0.875
+
+MOST_WRONG = 25  # images on the contact sheet
+MOST_CLASSES = 20  # in the table; of more, the worst and the best 10
+FILES = ("evaluation.json", "confusion.csv", "confusion.png", "wrong.png")
+
+
+@dataclass(frozen=True)
+class Subject:
+    """A trained network, and the images to measure it on."""
+
+    name: str
+    origin: dict[str, Any]  # for evaluation.json
+    model: nn.Module
+    variables: dict[str, Any]
+    preprocess: Preprocess
+    class_names: tuple[str, ...]
+    dataset: str
+    split: Split
+
+
+def main(arguments: list[str] | None = None) -> int:
+    args = parse_arguments(arguments)
+    console = plain_console()
+    subject = read_run(args) if args.model is None else read_weights(args)
+
+    batch_size = evaluation_batch(subject.preprocess.input_shape)
+    logits = compute_logits(
+        subject.model, subject.variables, subject.preprocess, subject.split.images, batch_size
+    )
+    if logits.shape[1] != len(subject.class_names):
+        raise InputError(
+            f"the network of {args.source} tells {logits.shape[1]} classes apart, and its config "
+            f"names {len(subject.class_names)}; it is damaged or not of this library"
+        )
+    evaluation = evaluate_logits(logits, subject.split.labels)
+
+    what = f"{subject.name} on {subject.dataset} ({args.split})"
+    print_evaluation(console, evaluation, subject.class_names, what)
+    with explained(args.out / FILES[0], 0):
+        args.out.mkdir(parents=True, exist_ok=True)
+    write_numbers(args.out, evaluation, subject, args.split)
+    title = f"{ending(subject.name)} on {ending(subject.dataset)} ({args.split})"
+    title += f"\ntop-1 error {evaluation.top1_error:.2f} %"
+    draw_confusion(evaluation.confusion, subject.class_names, args.out / "confusion.png", title)
+    draw_wrong(args.out / "wrong.png", logits, subject, title)
+    console.print(f"{', '.join(FILES)}: {args.out}", soft_wrap=True)
+    return 0
+
+
+# What to measure, and on which images.
+
+
+def read_run(args: argparse.Namespace) -> Subject:
+    """A run, and images it was trained with or those of --dataset."""
+    run = restore(args.source, which="best" if args.best else "latest")
+    expected = run.preprocess.input_shape
+    if args.dataset is None:
+        name, split = load_own_split(run, args)
+    else:
+        name, source = args.dataset, find_named_source(args)
+        check_classes(name, source.class_names, run.class_names)
+        fraction = evaluation_fraction(run.config)
+        split = load_split(source, args, name, run.preprocess.image_shape, fraction)
+    # With a `size`, images of any size become those that the network takes.
+    preprocess = replace(run.preprocess, image_shape=split.images.shape[1:])
+    if preprocess.input_shape != expected:
+        raise InputError(
+            f"{name} has images of {times(preprocess.image_shape)}, and the network takes "
+            f"{times(expected)}; give a --dataset of such images, or folder:PATH"
+        )
+    return Subject(
+        name=f"{args.source}, checkpoint {run.step},",
+        origin={"run": str(args.source), "best": args.best, "step": run.step},
+        model=run.model,
+        variables=run.variables,
+        preprocess=preprocess,
+        class_names=run.class_names,
+        dataset=name,
+        split=split,
+    )
+
+
+def load_own_split(run: Restored, args: argparse.Namespace) -> tuple[str, Split]:
+    """Name and split of what a run was trained with: of the training images those it saw."""
+    own: Any = run.config.get("dataset")
+    if not is_dataset(own):
+        raise InputError(f"the config of {args.source} names no data set; give --dataset")
+    name, streamed = own["name"], own.get("streamed") is True
+    validation = own.get("validation_examples")
+    # What was left out as unreadable then is left out again; the fingerprint tells whether more is.
+    source = find_source(name, args.data_dir, streamed, skip_unreadable=True)
+    check_classes(name, source.class_names, run.class_names)
+    shape, fraction = run.preprocess.image_shape, evaluation_fraction(run.config)
+    dataset: Dataset | StreamedDataset
+    if isinstance(source, DatasetInfo):
+        keep = own["train_examples"] if validation is None else None
+        dataset = load_dataset(name, args.data_dir, keep)
+    else:
+        dataset = source if streamed else load_pictures(source, shape, fraction)
+    if dataset.fingerprint() != own.get("sha256"):
+        raise InputError(
+            f"{name} is no longer what this run was trained with (another sha256); "
+            f"to measure it on what is there now, give --dataset {name}"
+        )
+    labels = dataset.train.labels
+    if isinstance(dataset, Dataset):
+        split = dataset.test if args.split == "test" else dataset.train
+    else:
+        split = load_split(dataset, args, name, shape, fraction)
+    if args.split == "train" and validation:
+        rows, _ = hold_out(len(dataset.train) if labels is None else labels, validation)
+        split = Split(split.images[rows], split.labels[rows])
+    return name, split
+
+
+def is_dataset(value: Any) -> bool:
+    """Whether that is what the config of a run, which may be a stranger's, says of its data."""
+    if not isinstance(value, dict) or not isinstance(value.get("name"), str):
+        return False
+    # TFDS would fetch and run a community's code for `namespace:name`.
+    known = re.fullmatch(r"folder:.+|[\w.+-]+(/[\w.+-]+)?(:[\d.]+)?", value["name"])
+    counts = [value.get("train_examples"), value.get("validation_examples", 0)]
+    return known is not None and all(type(count) is int and count >= 0 for count in counts)
+
+
+def read_weights(args: argparse.Namespace) -> Subject:
+    """PyTorch weights, and images of --dataset."""
+    model: Any
+    model, variables = load_torch(args.model, args.source)
+    size = published_image_shape(args.model)[0]
+    stem = "stage1_conv1" if args.model.startswith("vgg") else "conv1"
+    channels = variables["params"][stem]["kernel"].shape[2]
+    if channels not in (1, 3):
+        raise InputError(f"{args.source} takes {channels} channels; give weights of 1 or 3")
+    source = find_named_source(args)
+    if len(source.class_names) != model.num_classes:
+        raise InputError(
+            f"{args.dataset} has {len(source.class_names)} classes, and {args.source} has "
+            f"{model.num_classes}; give a --dataset of the classes it was trained on"
+        )
+    split = load_split(source, args, args.dataset, (size, size, channels), IMAGENET_FRACTION)
+    if split.images.shape[3] == 1 and channels == 3:
+        split = Split(np.repeat(split.images, 3, axis=3), split.labels)
+    shape = split.images.shape[1:]
+    if shape[2] != channels:
+        raise InputError(
+            f"{args.dataset} has images of {shape[2]} channels, and {args.source} takes "
+            f"{channels}; give a --dataset of such images, or folder:PATH"
+        )
+    mean, std = IMAGENET_MEAN, IMAGENET_STD
+    if channels == 1:
+        mean, std = ((sum(values) / 3,) for values in (mean, std))
+    return Subject(
+        name=str(args.source),
+        origin={"weights": str(args.source), "model": args.model},
+        model=model,
+        variables=variables,
+        preprocess=Preprocess(shape, mean, std, size=None if shape[:2] == (size, size) else size),
+        class_names=source.class_names,
+        dataset=args.dataset,
+        split=split,
+    )
+
+
+def find_source(
+    name: str, data_dir: Path | None, streamed: bool = False, skip_unreadable: bool = False
+) -> DatasetInfo | StreamedDataset:
+    """A data set whose images are still to be read: those of differing sizes as a stream."""
+    if name.startswith("folder:"):
+        found = find_folder(name.removeprefix("folder:"), skip_unreadable)
+        for skipped in found.skipped:
+            print(f"warning: {shorten(skipped, 200)} cannot be read: skipped", file=sys.stderr)
+        return found
+    info = find_dataset(name, data_dir)
+    mixed = None in info.builder.info.features[info.image_key].shape[:2]
+    return find_tfds_stream(name, data_dir) if mixed or streamed else info
+
+
+def find_named_source(args: argparse.Namespace) -> DatasetInfo | StreamedDataset:
+    return find_source(args.dataset, args.data_dir, skip_unreadable=args.skip_unreadable)
+
+
+def load_split(
+    source: DatasetInfo | StreamedDataset,
+    args: argparse.Namespace,
+    name: str,
+    image_shape: tuple[int, int, int],
+    fraction: float,
+) -> Split:
+    """The split asked for; pictures as images of that shape."""
+    if isinstance(source, DatasetInfo):
+        dataset = load_dataset(name, args.data_dir)
+        return dataset.test if args.split == "test" else dataset.train
+    wanted = source.test if args.split == "test" else source.train
+    # The other split may not fit in memory.
+    alone = replace(source, train=wanted, test=Subset(wanted, np.arange(1)))
+    return load_pictures(alone, image_shape, fraction).train
+
+
+def load_pictures(
+    source: StreamedDataset, image_shape: tuple[int, int, int], fraction: float
+) -> Dataset:
+    height, width, channels = image_shape
+    if height != width:
+        raise InputError(
+            f"the network takes images of {times(image_shape)}, and pictures are made square; "
+            "give a --dataset of such images"
+        )
+    return load_in_memory(replace(source, channels=channels), height, fraction)
+
+
+def check_classes(name: str, found: tuple[str, ...], expected: tuple[str, ...]) -> None:
+    if found == expected:
+        return
+    if len(found) != len(expected):
+        differ = f"{len(found)} classes, and the network has {len(expected)}"
+    else:
+        pairs = zip(found, expected, strict=True)
+        number, (ours, theirs) = next(
+            (i, pair) for i, pair in enumerate(pairs) if pair[0] != pair[1]
+        )
+        differ = f"{ours!r} as class {number}, and the network has {theirs!r}"
+    raise InputError(f"{name} has {differ}; give a --dataset of the classes it was trained on")
+
+
+def times(shape: tuple[int, ...]) -> str:
+    """`32x32x3`."""
+    return "x".join(map(str, shape))
+
+
+# What to say of it.
+
+
+def print_evaluation(
+    console: Console, evaluation: Evaluation, class_names: tuple[str, ...], what: str
+) -> None:
+    """Loss and errors, then the accuracy of each class or of the worst and the best."""
+    console.print(shorten(f"{what}, {evaluation.count:,} images", 1000), soft_wrap=True)
+    table = Table(box=None, show_header=False)
+    table.add_column(no_wrap=True)
+    table.add_column(justify="right", no_wrap=True)
+    table.add_row("loss", f"{evaluation.loss:.4f}")
+    table.add_row("top-1 error, %", f"{evaluation.top1_error:.2f}")
+    if evaluation.top5_error is not None:
+        table.add_row("top-5 error, %", f"{evaluation.top5_error:.2f}")
+    if evaluation.undecided:
+        table.add_row("images with NaN logits", f"{evaluation.undecided:,}")
+    console.print(table)
+    if len(class_names) <= MOST_CLASSES:
+        console.print(classes_table(evaluation, class_names, range(len(class_names))))
+        return
+    accuracy = evaluation.class_accuracy
+    order = [i for i in np.argsort(accuracy, kind="stable") if not math.isnan(accuracy[i])]
+    half = MOST_CLASSES // 2
+    console.print("\nthe worst classes")
+    console.print(classes_table(evaluation, class_names, order[:half]))
+    console.print("the best classes")
+    console.print(classes_table(evaluation, class_names, order[half:][-half:]))
+
+
+def classes_table(evaluation: Evaluation, class_names: tuple[str, ...], rows: Any) -> Table:
+    table = Table(box=box.SIMPLE_HEAD)
+    table.add_column("class", no_wrap=True)
+    for heading in ("images", "accuracy, %"):
+        table.add_column(heading, justify="right", no_wrap=True)
+    for i in rows:
+        accuracy = evaluation.class_accuracy[i]
+        shown = "-" if math.isnan(accuracy) else f"{accuracy:.2f}"
+        table.add_row(shorten(class_names[i], 60), f"{evaluation.class_counts[i]:,}", shown)
+    return table
+
+
+def write_numbers(out: Path, evaluation: Evaluation, subject: Subject, split: str) -> None:
+    """`evaluation.json`, and `confusion.csv` with a row for each true class."""
+    classes = [
+        {"class": name, "images": int(count), "accuracy": finite(accuracy)}
+        for name, count, accuracy in zip(
+            subject.class_names, evaluation.class_counts, evaluation.class_accuracy, strict=True
+        )
+    ]
+    content = {
+        **subject.origin,
+        "dataset": subject.dataset,
+        "split": split,
+        "images": evaluation.count,
+        "loss": finite(evaluation.loss),
+        "top1_error": evaluation.top1_error,
+        "top5_error": evaluation.top5_error,
+        "undecided": evaluation.undecided,
+        "classes": classes,
+    }
+    write_atomic(out / "evaluation.json", json.dumps(content, indent=2) + "\n")
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(["true", *subject.class_names])
+    for name, row in zip(subject.class_names, evaluation.confusion.tolist(), strict=True):
+        writer.writerow([name, *row])
+    write_atomic(out / "confusion.csv", text.getvalue())
+
+
+def finite(number: float) -> float | None:
+    """JSON has no NaN."""
+    return float(number) if math.isfinite(number) else None
+
+
+def ending(text: str, most: int = 50) -> str:
+    """The end of a path, which tells more than its beginning."""
+    return text if len(text) <= most else f"…{text[1 - most :]}"
+
+
+def draw_wrong(path: Path, logits: np.ndarray, subject: Subject, title: str) -> None:
+    """The images that were misclassified with the greatest confidence."""
+    images, labels = subject.split
+    shown = most_confidently_wrong(logits, labels, MOST_WRONG)
+    probabilities = compute_probabilities(logits[shown])
+    captions = []
+    for index, row in zip(shown, probabilities, strict=True):
+        true, predicted = (
+            shorten(subject.class_names[i], 24) for i in (labels[index], logits[index].argmax())
+        )
+        separator = " → " if len(true) + len(predicted) <= 20 else "\n→ "
+        captions.append(f"{true}{separator}{predicted}\n{100 * row.max():.1f} %")
+    found = f"the {len(shown)} most confident mistakes" if len(shown) else "no mistakes to show"
+    draw_contact_sheet(list(images[shown]), captions, path, f"{title}; {found}")
+
+
+# The command line.
+
+
+def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
+    parser = ArgumentParser(description=__doc__)
+    add = parser.add_argument
+    add("source", type=Path, metavar="RUN_DIR|WEIGHTS", help=f"a run, or {', '.join(WEIGHTS)}")
+    add("--model", metavar="NAME", help="network of the weights, such as resnet50")
+    add("--dataset", help="a prepared TFDS data set or folder:PATH (default: the run's own)")
+    add("--data-dir", type=Path, help="where TFDS keeps data sets (default: its own)")
+    add("--skip-unreadable", action="store_true", help="leave out pictures that cannot be read")
+    add("--split", default="test", help="test (default) or train")
+    add("--best", action="store_true", help="the state at the run's lowest validation error")
+    add(
+        "--out",
+        type=Path,
+        help="default: RUN_DIR/evaluation-<split>, "
+        "for weights runs/evaluate/<file>-<dataset>-<split>",
+    )
+    args = parser.parse(arguments)
+    check_choice("--split", args.split, ("test", "train"))
+    if args.skip_unreadable and not (args.dataset or "").startswith("folder:"):
+        raise InputError("--skip-unreadable is for --dataset folder:PATH")
+    if args.source.suffix in WEIGHTS and not args.source.is_dir():
+        for flag, value in (("--model", args.model), ("--dataset", args.dataset)):
+            if value is None:
+                raise InputError(
+                    f"{args.source} needs {flag}: a file of weights does not say what it is of"
+                )
+        if args.best:
+            raise InputError("--best is for a run; a file of weights has one state")
+        create_model(args.model)
+    elif args.source.is_file():
+        raise InputError(f"{args.source} is neither a run directory nor {', '.join(WEIGHTS)}")
+    elif args.model is not None:
+        raise InputError("--model is for a file of weights; a run knows its own network")
+    args.out = args.out or default_out(args)
+    check_out(args.out)
+    return args
+
+
+def default_out(args: argparse.Namespace) -> Path:
+    if args.model is None:
+        return args.source / f"evaluation-{args.split}"
+    dataset = args.dataset
+    if dataset.startswith("folder:"):
+        dataset = Path(dataset.removeprefix("folder:")).resolve().name
+    dataset = re.sub(r"[^\w.+-]+", "-", dataset)
+    return Path("runs/evaluate") / f"{args.source.stem}-{dataset}-{args.split}"
+
+
+def check_out(out: Path) -> None:
+    """Refuse what can be seen before the slow part."""
+    try:
+        existing = out
+        while not existing.exists() and existing != existing.parent:
+            existing = existing.parent
+        if not existing.is_dir():
+            raise InputError(f"--out {out}: {existing} is a file; give a directory")
+        if not os.access(existing, os.W_OK | os.X_OK):
+            raise InputError(f"--out {out}: {existing} cannot be written; give another directory")
+    except OSError as error:
+        raise InputError(f"--out {out}: {error.strerror}; give another directory") from error
+
+
+if __name__ == "__main__":
+    sys.exit(run_command(main))

@@ -1,0 +1,102 @@
+"""What a trained network takes pictures for.
+
+python experiments/predict.py runs/train/folder-resnet18/seed-0 cat.jpg dog.png
+
+Of each picture the same part is looked at, at the same size, as when the network was measured.
+"""
+
+import argparse
+import sys
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+from rich import box
+from rich.table import Table
+
+from flaxnets.console import ArgumentParser, plain_console, positive, run_command
+from flaxnets.data.images import decode_crop, fit_box
+from flaxnets.errors import InputError
+from flaxnets.evaluation import (
+    compute_logits,
+    compute_probabilities,
+    evaluation_batch,
+    evaluation_fraction,
+)
+from flaxnets.pictures import shorten
+from flaxnets.restore import restore
+
+
+def main(arguments: list[str] | None = None) -> int:
+    args = parse_arguments(arguments)
+    run = restore(args.run, which="best" if args.best else "latest")
+    shape, fraction = run.preprocess.image_shape, evaluation_fraction(run.config)
+    if shape[2] not in (1, 3):
+        raise InputError(f"the network takes {shape[2]} channels, and pictures have 1 or 3")
+    images, problems = read_pictures(args.images, shape, fraction)
+    if problems:
+        for problem in problems:
+            print(f"error: {problem}", file=sys.stderr)
+        return 2
+
+    batch_size = evaluation_batch(run.preprocess.input_shape)
+    logits = compute_logits(run.model, run.variables, run.preprocess, np.stack(images), batch_size)
+    if logits.shape[1] != len(run.class_names):
+        raise InputError(
+            f"the network of {args.run} tells {logits.shape[1]} classes apart, and its config "
+            f"names {len(run.class_names)}; it is damaged or not of this library"
+        )
+    if not np.isfinite(logits).all():
+        raise InputError(f"the network of {args.run} gives no numbers: its training diverged")
+    console = plain_console()
+    for name, probabilities in zip(args.images, compute_probabilities(logits), strict=True):
+        console.print(shorten(name, 300), soft_wrap=True)
+        console.print(predictions_table(probabilities, run.class_names, args.top))
+    return 0
+
+
+def read_pictures(
+    names: list[str], image_shape: tuple[int, int, int], fraction: float
+) -> tuple[list[np.ndarray], list[str]]:
+    """Pictures as images of that shape, and in a line each, what is wrong with the others."""
+    height, width, channels = image_shape
+    centre = partial(fit_box, new_height=height, new_width=width, fraction=fraction)
+    images, problems = [], []
+    for name in names:
+        try:
+            data = Path(name).read_bytes()
+            images.append(decode_crop(data, channels, height, width, centre))
+        except OSError as error:
+            problems.append(f"{shorten(name, 200)} cannot be read: {error.strerror}")
+        except ValueError as error:
+            problems.append(f"{shorten(name, 200)} cannot be read: {shorten(str(error), 200)}")
+    return images, problems
+
+
+def predictions_table(probabilities: np.ndarray, class_names: tuple[str, ...], top: int) -> Table:
+    table = Table(box=box.SIMPLE_HEAD)
+    table.add_column("class", no_wrap=True)
+    table.add_column("probability, %", justify="right", no_wrap=True)
+    for i in np.argsort(-probabilities, kind="stable")[:top]:
+        table.add_row(shorten(class_names[i], 60), f"{100 * probabilities[i]:.2f}")
+    return table
+
+
+def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
+    parser = ArgumentParser(description=__doc__)
+    add = parser.add_argument
+    add("run", type=Path, metavar="RUN_DIR", help="a run, such as runs/train/digits/seed-0")
+    add("images", nargs="+", metavar="image", help="JPEG, PNG, WebP or BMP pictures")
+    add("--best", action="store_true", help="the state at the run's lowest validation error")
+    add(
+        "--top",
+        type=positive(int),
+        default=5,
+        metavar="N",
+        help="classes to show (default: %(default)s)",
+    )
+    return parser.parse(arguments)
+
+
+if __name__ == "__main__":
+    sys.exit(run_command(main))
