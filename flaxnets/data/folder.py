@@ -92,9 +92,9 @@ def find_folder(
         different classes in training and test, or pictures that cannot be read.
     """
     root = Path(path)
-    if not root.exists():
+    if not os.path.exists(root):
         raise InputError(f"there is no folder {path}; give one with a sub-folder for each class")
-    if not root.is_dir():
+    if not os.path.isdir(root):
         raise InputError(f"{path} is a file; give a folder with a sub-folder for each class")
     if not 0 < test_fraction < 1:
         raise InputError(f"test_fraction is above 0 and below 1, not {test_fraction}")

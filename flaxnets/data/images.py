@@ -199,8 +199,7 @@ def _decode(image: Image.Image, channels: int, at_least: tuple[float, float] | N
 
 def _orientation(image: Image.Image) -> int:
     try:
-        # Not that of PNG's own class, which decodes the picture.
-        return Image.Image.getexif(image).get(ExifTags.Base.Orientation, 1)
+        return image.getexif().get(ExifTags.Base.Orientation, 1)
     except Exception:  # the picture itself may still be good
         return 1
 

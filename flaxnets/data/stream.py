@@ -301,6 +301,7 @@ def eval_batches(
 ) -> Generator[tuple[Split, np.ndarray]]:
     """All examples once, in order, each as `flaxnets.data.images.fit` cuts it out.
 
+    (Of big JPEGs no more detail than needed is decoded, see `flaxnets.data.images.decode_crop`.)
     Batches as those of `TrainStream`, with weights bool `(batch,)`; the last batch is filled up
     with zeros, whose weights are False.
 

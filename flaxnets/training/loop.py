@@ -173,7 +173,7 @@ class Program:
         Args:
           train, splits: sources of encoded pictures, see `flaxnets.data.stream`.
           seed: of order, crops and mirror images.
-          workers: processes that read; 0 for threads of this one.
+          workers: processes that read for training; 0 for threads of this one.
         """
         shared = _shared(model, depth, recipe, len(train), preprocess, mesh, optimizer)
         crops = recipe.augmentation(Augmentation(), preprocess.image_shape[0])
@@ -191,8 +191,9 @@ class Program:
 
         def evaluation(source: Any) -> Callable:
             def evaluate_source(variables: dict, stop: Callable[[], bool]):
+                # By threads: processes would take seconds to start, each time.
                 batches: Any = eval_batches(
-                    source, size, channels, crops.seen_at_evaluation, eval_batch(mesh), workers
+                    source, size, channels, crops.seen_at_evaluation, eval_batch(mesh)
                 )
                 with closing(batches):
                     return evaluate_batches(eval_step, variables, batches, stop)

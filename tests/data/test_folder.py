@@ -271,6 +271,8 @@ def test_other_layouts_are_refused(tmp_path, make, message):
 def test_other_paths_are_refused(tmp_path):
     with pytest.raises(InputError, match=r"there is no folder .*nowhere; give one"):
         find_folder(tmp_path / "nowhere")
+    with pytest.raises(InputError, match="there is no folder"):
+        find_folder(tmp_path / (1000 * "long"))
     with pytest.raises(InputError, match=r"a.png is a file; give a folder"):
         find_folder(save(tmp_path / "a.png"))
     for fraction in (0, 1, -1, float("nan")):

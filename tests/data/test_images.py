@@ -156,6 +156,11 @@ def test_big_jpegs_are_decoded_at_a_part_of_their_size():
     for at_least, size in [((801, 600), (801, 600)), ((400, 300), (401, 300)), ((9, 9), (101, 75))]:
         assert decode_image(data, 3, at_least).size == size
     assert decode_image(encoded(image), 3, (9, 9)).size == (801, 600)
+    # Stored on its side.
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    data = encoded(image.transpose(Image.Transpose.ROTATE_90), "jpeg", exif=exif)
+    assert decode_image(data, 3, (400, 300)).size == (401, 300)
 
 
 @pytest.mark.parametrize("channels", [1, 3])

@@ -21,6 +21,7 @@ from flaxnets.data.stream import (
     CROPS,
     Subset,
     TrainStream,
+    _Slots,
     eval_batches,
     find_tfds_stream,
     hold_out,
@@ -168,6 +169,26 @@ def test_worker_processes_change_nothing(pictures):
     assert same(received, expected)
     # Not a view of memory that is shared with a process that has ended.
     assert all(type(array) is np.ndarray for batch in received for array in batch)
+
+
+def test_workers_have_shared_memory_of_their_own(monkeypatch):
+    examples = [Split(np.full((2, 2, 1), i, np.uint8), i) for i in range(3)]
+    slots = _Slots.create((4, 2, 2, 1), 6)
+    try:
+        sent = []
+        for worker in (0, 1):
+            monkeypatch.setattr("flaxnets.data.stream._worker", (worker, 2))
+            sent += [slots.send(examples) for _ in range(4)]
+        numbers = [batch.images for batch in sent if isinstance(batch.images, int)]
+        assert sorted(numbers) == list(range(6))
+        assert len(sent) == 8  # the others came without a slot, since there was none free
+        for batch in sent:
+            received = slots.receive(batch)
+            assert received.images[:, 0, 0, 0].tolist() == received.labels.tolist() == [0, 1, 2, 0]
+        assert isinstance(slots.send(examples).images, int)
+    finally:
+        slots.memory.close()
+        slots.memory.unlink()
 
 
 @pytest.mark.slow
