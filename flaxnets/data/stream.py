@@ -6,17 +6,14 @@ Worker processes import the script that was started once more, so it must start 
 
 import atexit
 import hashlib
-import math
 import os
 import signal
-import threading
 import weakref
 from collections.abc import Generator, Sequence
 from contextlib import closing
 from dataclasses import dataclass
 from functools import cached_property, partial
-from multiprocessing import parent_process, resource_tracker
-from multiprocessing.shared_memory import SharedMemory
+from multiprocessing import resource_tracker
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -28,6 +25,7 @@ from absl import flags
 from flaxnets.data.batches import Augmentation, Preprocess
 from flaxnets.data.datasets import Dataset, Split, channel_statistics, find_dataset
 from flaxnets.data.images import decode_crop, fit_box, resized_box, scaled_box
+from flaxnets.data.slots import Slots, begin_worker, stack_batch
 from flaxnets.errors import InputError
 
 CROPS = ("resized", "scaled", "fixed", "none")
@@ -400,16 +398,6 @@ def _read(
         ) from error
 
 
-def _stack(examples: Sequence[Split], images: np.ndarray) -> Split:
-    """A batch in `images`, which is filled up with zeros where it takes more than `examples`."""
-    count = len(examples)
-    labels = np.zeros(len(images), np.int32)
-    labels[:count] = [example.labels for example in examples]
-    np.stack([example.images for example in examples], out=images[:count])
-    images[count:] = 0
-    return Split(images, labels)
-
-
 def _batches(
     examples: grain.MapDataset, shape: tuple[int, ...], start: int, stop: int, workers: int
 ) -> Generator[Split]:
@@ -429,7 +417,7 @@ def _read_with_threads(
     examples: grain.MapDataset, shape: tuple[int, ...], start: int, stop: int, _: int
 ) -> Generator[Split]:
     def stack(examples: Sequence[Split]) -> Split:
-        return _stack(examples, np.empty(shape, np.uint8))
+        return stack_batch(examples, np.empty(shape, np.uint8))
 
     # One picture at a time for each thread: the first batch is there soon, and closing is fast.
     threads = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 4
@@ -446,13 +434,13 @@ def _read_with_workers(
     examples: grain.MapDataset, shape: tuple[int, ...], start: int, stop: int, workers: int
 ) -> Generator[Split]:
     workers = min(workers, stop - start)
-    slots = _Slots.create(shape, SLOTS_OF_A_WORKER * workers)
+    slots = Slots.create(shape, SLOTS_OF_A_WORKER * workers)
     # Workers take turns at whole batches, so that the number of them changes nothing.
     batches = iter(
         examples.batch(shape[0], batch_fn=slots.send)
         .slice(slice(start, stop))
         .to_iter_dataset(grain.ReadOptions(num_threads=0, prefetch_buffer_size=0))
-        .mp_prefetch(grain.MultiprocessingOptions(workers), worker_init_fn=_begin_worker)
+        .mp_prefetch(grain.MultiprocessingOptions(workers), worker_init_fn=begin_worker)
     )
     try:
         # Workers begin with the first batch, and inherit this. Ctrl-C reaches every process of the
@@ -478,74 +466,6 @@ def _read_with_workers(
         batches.close()
         slots.memory.close()
         slots.memory.unlink()
-
-
-@dataclass(frozen=True)
-class _Slots:
-    """Memory that workers share with the first process, for the images of some batches.
-
-    Each worker has slots of its own, and uses them again when they have been emptied: new shared
-    memory, which Grain takes for each batch, costs as much time as a tenth of decoding.
-    """
-
-    memory: SharedMemory
-    shape: tuple[int, ...]
-    number: int
-
-    @classmethod
-    def create(cls, shape: tuple[int, ...], number: int) -> "_Slots":
-        try:
-            memory = SharedMemory(create=True, size=number + number * math.prod(shape))
-        except OSError as error:
-            raise InputError(
-                f"there is no shared memory for workers ({error.strerror}); use fewer, or 0"
-            ) from error
-        return cls(memory, shape, number)
-
-    def send(self, examples: Sequence[Split]) -> Split:
-        """A batch, in a worker; a slot's number takes the place of images if one is free."""
-        full = self._full
-        for slot in range(_worker[0], self.number, _worker[1]):
-            if not full[slot]:
-                batch = _stack(examples, self._images(slot))
-                full[slot] = True
-                return Split(slot, batch.labels)
-        return _stack(examples, np.empty(self.shape, np.uint8))
-
-    def receive(self, batch: Split) -> Split:
-        """The batch that was sent, in memory of this process alone."""
-        if not isinstance(batch.images, int):
-            return Split(np.array(batch.images), np.array(batch.labels))
-        images = self._images(batch.images).copy()
-        self._full[batch.images] = False
-        return Split(images, np.array(batch.labels))
-
-    # Views are made for each use, since memory with any on it cannot be closed.
-
-    @property
-    def _full(self) -> np.ndarray:
-        return np.ndarray(self.number, bool, self.memory.buf)
-
-    def _images(self, slot: int) -> np.ndarray:
-        offset = self.number + slot * math.prod(self.shape)
-        return np.ndarray(self.shape, np.uint8, self.memory.buf, offset)
-
-
-# Of a worker process: its number, and how many there are.
-_worker = (0, 1)
-
-
-def _begin_worker(index: int, count: int) -> None:
-    global _worker
-    _worker = (index, count)
-    threading.Thread(target=_follow_parent, daemon=True).start()
-
-
-def _follow_parent() -> None:
-    """A process that is killed cannot stop its workers, which would wait for ever."""
-    parent: Any = parent_process()
-    parent.join()
-    os._exit(1)
 
 
 def _closed_at_exit(batches: Generator[Any]) -> Generator[Any]:
