@@ -7,6 +7,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 from flax.traverse_util import flatten_dict, unflatten_dict
 
@@ -14,7 +15,7 @@ import flaxnets
 from flaxnets.data import Augmentation, Split, epoch_order
 from flaxnets.parallel import data_mesh, replicate
 from flaxnets.training import RECIPES, create_state, evaluate, make_eval_step, make_train_step
-from flaxnets.training.steps import cross_entropy
+from flaxnets.training.steps import cross_entropy, make_stream_step
 
 
 @pytest.fixture(scope="module", params=["plain", "resnet"])
@@ -161,3 +162,56 @@ def test_eight_devices_equal_one():
         [sys.executable, script], capture_output=True, text=True, timeout=600, check=False
     )
     assert finished.returncode == 0, finished.stdout + finished.stderr
+
+
+class Affine(nn.Module):
+    @nn.compact
+    def __call__(self, x, train=False):
+        return nn.Dense(10, name="head")(x.reshape(len(x), -1))
+
+
+def test_label_smoothing_is_in_the_gradient_and_not_in_the_loss(digits):
+    """Against Optax's own smoothed labels, after one update of plain gradient descent."""
+    mesh, model, optimizer = data_mesh(), Affine(), optax.sgd(0.5)
+    step = make_train_step(model, optimizer, digits.preprocess, None, 128, mesh, 0.1)
+    state = create_state(model, optimizer, 0, (8, 8, 1), mesh)
+    order = epoch_order(state.key, 0, len(digits.train.labels))
+    images = digits.preprocess(digits.train.images[order[:128]])
+    labels = digits.train.labels[order[:128]]
+
+    def smoothed(params):
+        logits = model.apply({"params": params}, images)
+        targets = optax.smooth_labels(jax.nn.one_hot(labels, 10), 0.1)
+        return optax.softmax_cross_entropy(logits, targets).mean()
+
+    gradients = jax.grad(smoothed)(state.params)
+    expected = jax.tree.map(lambda p, g: p - 0.5 * g, state.params, gradients)
+    plain = cross_entropy(model.apply({"params": state.params}, images), labels).mean()
+    after, loss = step(state, replicate(digits.train, mesh), order)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), after.params, expected)
+    np.testing.assert_allclose(loss, plain, rtol=1e-5)
+    np.testing.assert_allclose(after.running.loss_sum, 128 * plain, rtol=1e-5)
+
+
+def test_a_streamed_step_is_one_from_memory(digits, trained):
+    """The same batch, given or gathered, makes the same state."""
+    model, train_step, _, state, train, order, _ = trained
+    state = copy(state)
+    rows = np.asarray(order[3 * 128 : 4 * 128])
+    batch = Split(*(array[rows] for array in digits.train))
+    stream_step = make_stream_step(
+        model,
+        RECIPES["digits"].make_optimizer(220, 8),
+        digits.preprocess,
+        digits.augmentation,
+        len(order) // 128,
+        data_mesh(),
+    )
+    streamed, loss = stream_step(copy(state), batch)
+    gathered, other = train_step(copy(state), train, order)
+    np.testing.assert_allclose(loss, other, rtol=1e-5)
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, atol=1e-4),
+        (streamed.params, streamed.batch_stats, streamed.running),
+        (gathered.params, gathered.batch_stats, gathered.running),
+    )
