@@ -76,6 +76,7 @@ def test_weights_from_and_to_pytorch(run, tmp_path):
     assert all(torch.equal(again[key], value) for key, value in state.items())
 
 
+@pytest.mark.slow
 def test_a_kind_of_ones_own(run, tmp_path):
     code = block("def build(")
     assert len(code.splitlines()) <= 15

@@ -85,7 +85,10 @@ def test_cifar_resnet_of_the_common_layout():
     assert relative_error(quick_jit(model.apply)(variables, images), theirs) <= 1e-4
 
 
-@pytest.mark.parametrize("name", ["alexnet", "vgg11_bn", "resnet18", "resnet50"])
+@pytest.mark.parametrize(
+    "name",
+    ["alexnet", pytest.param("vgg11_bn", marks=pytest.mark.slow), "resnet18", "resnet50"],
+)
 def test_round_trip_is_exact_and_loads_into_torchvision(name, tmp_path):
     network = torchvision_network(name, num_classes=5)
     state = {key: value.clone() for key, value in network.state_dict().items()}

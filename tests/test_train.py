@@ -120,7 +120,7 @@ class Killed(BaseException):
     pass
 
 
-@pytest.mark.parametrize("kind", ["trained", "streamed"])
+@pytest.mark.parametrize("kind", ["trained", pytest.param("streamed", marks=pytest.mark.slow)])
 def test_a_killed_run_goes_on_bit_for_bit(request, train, tmp_path, monkeypatch, kind):
     """Killed once its first and its second epoch have been measured."""
     import flaxnets.training.loop as loop

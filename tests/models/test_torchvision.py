@@ -18,11 +18,10 @@ slow = pytest.mark.slow
     "name",
     [
         "alexnet",
-        "vgg11",
         "resnet18",
         "resnet34",
         "resnet50",
-        *(pytest.param(name, marks=slow) for name in ("vgg13", "vgg16", "vgg19")),
+        *(pytest.param(name, marks=slow) for name in ("vgg11", "vgg13", "vgg16", "vgg19")),
         *(pytest.param(name, marks=slow) for name in ("vgg11_bn", "vgg16_bn", "vgg19_bn")),
         *(pytest.param(name, marks=slow) for name in ("resnet101", "resnet152")),
     ],
@@ -38,7 +37,9 @@ def test_evaluation(name):
         assert relative_error(apply(variables, images), theirs) <= 1e-4, size
 
 
-@pytest.mark.parametrize("name", ["resnet18", pytest.param("resnet50", marks=slow), "vgg11_bn"])
+@pytest.mark.parametrize(
+    "name", ["resnet18", *(pytest.param(n, marks=slow) for n in ("resnet50", "vgg11_bn"))]
+)
 def test_training(name):
     """Logits, every gradient and the running statistics of one step, in float64."""
     network = torchvision_network(name, num_classes=10)
