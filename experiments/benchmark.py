@@ -254,7 +254,13 @@ class Field:
     def __init__(self, names: list[str], directory: Path, deadline: float) -> None:
         self.names, self.directory, self.deadline = list(names), directory, deadline
         self.failures: dict[str, str] = {}
-        self._processes = {name: self._start(name) for name in names}
+        self._processes: dict[str, subprocess.Popen] = {}
+        try:
+            for name in names:
+                self._processes[name] = self._start(name)
+        except BaseException:  # Ctrl-C; nobody has entered yet who would leave
+            self.__exit__()
+            raise
 
     def __enter__(self) -> "Field":
         return self

@@ -100,7 +100,8 @@ def main(arguments: list[str] | None = None) -> int:
     console.print(
         f"{args.model}, {millions(cost.parameters)} parameters, on {num_train:,} images of "
         f"{args.dataset} ({'streamed' if isinstance(dataset, StreamedDataset) else 'in memory'}), "
-        f"{len(dataset.class_names)} classes; recipe {recipe.name}, {total_steps:,} updates of "
+        f"{len(dataset.class_names)} classes, {len(validation_rows):,} more to validate and "
+        f"{number(dataset.test):,} to test with; recipe {recipe.name}, {total_steps:,} updates of "
         f"{recipe.batch_size} images",
         soft_wrap=True,
     )
