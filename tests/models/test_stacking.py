@@ -130,3 +130,12 @@ def test_torch_weights(tmp_path):
     scanned, stacked = flaxnets.load_torch("cifar_resnet14", path, scan_blocks=True)
     assert scanned.scan_blocks
     assert_same(unstack_blocks(stacked), variables)
+
+
+def test_more_than_nine_blocks_stay_in_their_order():
+    tree = {f"stage1_block{i}": {"bias": jnp.full(3, i)} for i in range(1, 13)}
+    stacked = stack_blocks(tree)
+    assert stacked["stage1_blocks"]["bias"][:, 0].tolist() == list(range(2, 13))
+    again = unstack_blocks(stacked)
+    assert again.keys() == tree.keys()
+    assert all((again[name]["bias"] == tree[name]["bias"]).all() for name in tree)
