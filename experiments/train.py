@@ -54,6 +54,7 @@ from flaxnets.data.stream import (
     load_in_memory,
 )
 from flaxnets.errors import InputError
+from flaxnets.figures import draw_run
 from flaxnets.files import explained, write_atomic
 from flaxnets.memory import keep_memory
 from flaxnets.models import create_model, published_image_shape
@@ -141,11 +142,15 @@ def main(arguments: list[str] | None = None) -> int:
             config,
             begin,
         )
+        if result.rows:
+            title = f"{args.model} on {args.dataset}, recipe {recipe.name}, seed {args.seed}"
+            draw_run(result.rows, out / "errors.png", title)
         interruption.unsaved.discard(name)
         run.end(f"{name}: {describe(result)}")
     if interruption.signal is not None and result.status == "unfinished":
         interruption.say_how_to_continue()
         return interruption.exit_status
+    console.print(f"figure: {out / 'errors.png'}", soft_wrap=True)
     console.print(f"use it: python experiments/evaluate.py {shlex.quote(str(out))}", soft_wrap=True)
     return 0
 

@@ -1,4 +1,4 @@
-"""The study's figure: error against epoch, as in Figure 6 of He et al. (2015)."""
+"""Figures of the study, as Figure 6 of He et al. (2015), of one run, and of the benchmark."""
 
 import io
 from collections.abc import Mapping, Sequence
@@ -60,6 +60,36 @@ def draw_errors(networks: Sequence[Network], path: Path, title: str) -> None:
     axes[0].set_ylim(-0.02 * top, top)
     axes[0].set_xlim(left=0)
     axes[0].set_ylabel("error (%)")
+    figure.suptitle(title, fontsize="medium")
+    picture = io.BytesIO()
+    figure.savefig(picture, dpi=160, format=path.suffix.lstrip("."))
+    write_atomic(path, picture.getvalue())
+
+
+def draw_run(rows: Sequence[Mapping[str, Any]], path: Path, title: str) -> None:
+    """Draw one run: error of each split against epoch, that seen in training thin and dashed.
+
+    `rows` are those of `metrics.csv`. Written to `path`, whose suffix gives the format.
+    """
+    figure = Figure(figsize=(6.4, 4.2), layout="constrained")
+    ax = figure.subplots()
+    epochs = [row["step"] / rows[0]["step"] for row in rows]
+    names = ("running train", "train", "validation", "test")
+    for name, colour in zip(names, ("0.3", *COLOURS), strict=False):
+        metric = f"{name.replace(' ', '_')}_error"
+        if metric in rows[0]:
+            style = STYLES["training error" if "train" in name else "test error"]
+            errors = [row[metric] for row in rows]
+            label = "training (augmented)" if name == "running train" else name
+            ax.plot(epochs, errors, color=colour, label=f"{label}: {errors[-1]:.2f} %", **style)
+    ax.set_ylim(bottom=0)
+    ax.set_xlim(left=0)
+    ax.set_xlabel("epoch")
+    ax.set_ylabel("error (%)")
+    ax.xaxis.set_major_locator(MaxNLocator(integer=True, steps=[1, 2, 5, 10]))
+    ax.grid(color="0.9", linewidth=0.6)
+    ax.spines[["top", "right"]].set_visible(False)
+    ax.legend(frameon=False)
     figure.suptitle(title, fontsize="medium")
     picture = io.BytesIO()
     figure.savefig(picture, dpi=160, format=path.suffix.lstrip("."))

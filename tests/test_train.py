@@ -80,6 +80,8 @@ def test_a_run(trained, digits):
     rows = rows_of(out)
     assert [row["step"] for row in rows] == ["8", "16", "24"]  # (1437 - 300) // 128 an epoch
     assert float(rows[-1]["test_error"]) < 60
+    with Image.open(out / "errors.png") as figure:
+        assert figure.size == (1024, 672)
     run = flaxnets.restore(out)
     assert run.step == 24
     images, labels = digits.test
