@@ -59,15 +59,18 @@ def test_every_promise_is_kept_by_a_test():
         assert "`test_" in row.split("|")[2]
 
 
+@pytest.mark.slow
 def test_import_a_network(run):
     assert run("-c", block("list_models()")).splitlines()[-1] == "(2, 10)"
 
 
+@pytest.mark.slow
 def test_features(run):
     printed = run("-c", block("num_classes=None"))
     assert printed == "(2, 64) [(2, 32, 32, 16), (2, 16, 16, 32), (2, 8, 8, 64)]\n"
 
 
+@pytest.mark.slow
 def test_weights_from_and_to_pytorch(run, tmp_path):
     state = torchvision_network("resnet18").state_dict()
     safetensors.torch.save_file(state, tmp_path / "resnet18.safetensors")

@@ -55,6 +55,7 @@ def numbers(out):
     ]
 
 
+@pytest.mark.slow
 def test_a_full_disk(study, command, small_disk):
     """In a process of its own, so that nothing is said on the way out either."""
     out = small_disk / "out"

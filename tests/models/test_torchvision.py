@@ -19,11 +19,10 @@ slow = pytest.mark.slow
     [
         "alexnet",
         "resnet18",
-        "resnet34",
         "resnet50",
         *(pytest.param(name, marks=slow) for name in ("vgg11", "vgg13", "vgg16", "vgg19")),
         *(pytest.param(name, marks=slow) for name in ("vgg11_bn", "vgg16_bn", "vgg19_bn")),
-        *(pytest.param(name, marks=slow) for name in ("resnet101", "resnet152")),
+        *(pytest.param(name, marks=slow) for name in ("resnet34", "resnet101", "resnet152")),
     ],
 )
 def test_evaluation(name):
