@@ -1,3 +1,4 @@
+import contextlib
 import multiprocessing
 import os
 import pickle
@@ -414,6 +415,12 @@ if __name__ == "__main__":
 """
 
 
+def stop_group(process):
+    """Where the test has failed: what would run on for ever."""
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)
+
+
 @pytest.mark.parametrize(
     ("workers", "end", "status"),
     [
@@ -425,7 +432,9 @@ if __name__ == "__main__":
         pytest.param(2, "os._exit(4)", 4, marks=pytest.mark.slow),
     ],
 )
-def test_a_process_ends_at_once_with_all_its_workers(pictures, tmp_path, workers, end, status):
+def test_a_process_ends_at_once_with_all_its_workers(
+    request, pictures, tmp_path, workers, end, status
+):
     script = tmp_path / "script.py"
     script.write_text(SCRIPT)
     folder = os.path.dirname(os.path.dirname(os.path.dirname(pictures.train.name(0))))
@@ -436,7 +445,10 @@ def test_a_process_ends_at_once_with_all_its_workers(pictures, tmp_path, workers
         stderr=subprocess.PIPE,
         text=True,
         start_new_session=True,
+        # Jobs in the background of a shell ignore it, and so do their children.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
+    request.addfinalizer(lambda: stop_group(process))
     assert process.stdout
     line = process.stdout.readline()
     children = [int(child) for child in line.split()]
