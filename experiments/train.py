@@ -12,6 +12,7 @@ again continues where it was.
 import argparse
 import contextlib
 import hashlib
+import importlib.util
 import json
 import re
 import shlex
@@ -96,7 +97,7 @@ def main(arguments: list[str] | None = None) -> int:
     model, cost, config = plan_run(args, dataset, recipe, num_train, len(validation_rows))
     begin, origin = initial_weights(args, model, dataset)
     config["init_from"] = origin
-    run_before = check_run(out, config)
+    check_run(out, config)
     total_steps = recipe.total_steps(num_train)
     console.print(
         f"{args.model}, {millions(cost.parameters)} parameters, on {num_train:,} images of "
@@ -120,7 +121,7 @@ def main(arguments: list[str] | None = None) -> int:
         program = make_program(args, dataset, recipe, model, train_rows, validation_rows)
         write = None
         if args.tensorboard:
-            write = stack.enter_context(open_tensorboard(out, run_before))
+            write = stack.enter_context(open_tensorboard(out))
         progress = stack.enter_context(StudyProgress(console, 0, 1, float(cost.work)))
         run = progress.start_run(
             name, cost.work, total_steps, program.steps_per_epoch, recipe.batch_size
@@ -142,6 +143,8 @@ def main(arguments: list[str] | None = None) -> int:
             config,
             begin,
         )
+        if write is not None:
+            write(result.rows)
         if result.rows:
             title = f"{args.model} on {args.dataset}, recipe {recipe.name}, seed {args.seed}"
             draw_run(result.rows, out / "errors.png", title)
@@ -300,6 +303,8 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
         raise InputError("--stream and --in-memory exclude each other; give one")
     if args.data_workers < 0:
         raise InputError("--data-workers is 0 (threads of this process) or more")
+    if args.tensorboard and not importlib.util.find_spec("tensorboardX"):
+        raise InputError("--tensorboard needs tensorboardX: pip install -e '.[tensorboard]'")
     if args.freeze_backbone and args.init_from is None:
         raise InputError("--freeze-backbone needs --init-from: a backbone at random is of no use")
     depth = re.search(r"\d+", args.model)

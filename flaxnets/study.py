@@ -200,25 +200,21 @@ def check_study(
     return runs
 
 
-def check_run(out: Path, config: dict[str, Any]) -> int | None:
+def check_run(out: Path, config: dict[str, Any]) -> None:
     """Refuse `out` if it holds another run than that of `config`; nothing is written.
-
-    Returns:
-      The step from which the run goes on, or None for a run that begins.
 
     Raises:
       InputError: with what differs and a free name.
     """
     with Checkpoints(out, read_only=True) as checkpoints:
         if checkpoints.step is None:
-            return None
+            return
         differences = _differences(checkpoints.read_config(), json.loads(json.dumps(config)))
         if differences:
             raise InputError(
                 f"--out {out} holds another run ({'; '.join(differences)}); "
                 f"use --out {_free_name(out)}"
             )
-        return checkpoints.step
 
 
 def check_processes_agree(work: dict[str, Any]) -> None:

@@ -10,12 +10,11 @@ from flaxnets.errors import InputError
 
 
 @contextmanager
-def open_tensorboard(
-    directory: Path, step: int | None
-) -> Iterator[Callable[[list[dict[str, Any]]], None]]:
+def open_tensorboard(directory: Path) -> Iterator[Callable[[list[dict[str, Any]]], None]]:
     """A function that writes what is new in the rows of `metrics.csv`, below `directory`.
 
-    `step` is the one from which a run goes on: later events of its earlier processes do not count.
+    All rows are written anew by a process that goes on with a run, and what its earlier processes
+    wrote no longer counts: they may have come further than the checkpoint.
 
     Raises:
       InputError: tensorboardX is not installed.
@@ -26,9 +25,8 @@ def open_tensorboard(
         raise InputError(
             "--tensorboard needs tensorboardX: pip install -e '.[tensorboard]'"
         ) from error
-    written = -1 if step is None else step
-    purge = None if step is None else step + 1
-    with tensorboardx.SummaryWriter(str(directory / "tensorboard"), purge_step=purge) as writer:
+    written = -1
+    with tensorboardx.SummaryWriter(str(directory / "tensorboard"), purge_step=0) as writer:
 
         def write(rows: list[dict[str, Any]]) -> None:
             nonlocal written

@@ -302,8 +302,28 @@ def events(directory):
     return scalars
 
 
-def test_tensorboard_has_the_metrics(command, tmp_path):
+def test_tensorboard_has_the_metrics(command, train, tmp_path, monkeypatch):
+    """Of every epoch once, also of one that was not measured yet when its step was saved."""
     arguments = ("--model", "cifar_resnet8", "--steps", "22", "--out", "out", "--tensorboard")
+
+    def stopped(self):
+        return bool(self.unsaved) and steps[-1] == 22
+
+    steps = [0]
+    with monkeypatch.context() as patch:
+        update = train.StudyProgress.start_run
+
+        def start_run(self, *args):
+            run = update(self, *args)
+            see = run.update
+            run.update = lambda now, **kw: (steps.append(now.step), see(now, **kw))
+            return run
+
+        patch.setattr(train.StudyProgress, "start_run", start_run)
+        patch.setattr(train.Interruption, "requested", stopped)
+        patch.setattr(train.Interruption, "exit_status", 130)
+        command(*arguments)
+    assert [row["step"] for row in rows_of(tmp_path / "out")] == ["11"]
     status, _, err = command(*arguments)
     assert status == 0, err
     rows = rows_of(tmp_path / "out")
