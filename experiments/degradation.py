@@ -32,6 +32,7 @@ from flaxnets.console import (
     Interruption,
     RunProgress,
     StudyProgress,
+    check_batch_size,
     check_choice,
     checkpoint_every,
     duration,
@@ -388,19 +389,9 @@ def check_batch(recipe: Recipe, num_train: int, args: argparse.Namespace) -> Non
     if args.train_examples and args.train_examples > num_train:
         raise InputError(f"--train-examples {args.train_examples}: {args.dataset} has {num_train}")
     examples = args.train_examples or num_train
-    if recipe.batch_size > examples:
-        raise InputError(
-            f"--batch-size {recipe.batch_size} is more than the {examples} training examples; "
-            f"give at most {examples}"
-        )
+    check_batch_size(recipe.batch_size, examples)
     if recipe.total_steps(examples) >= 2**31:
         raise InputError("--epochs: a run is at most 2147483647 updates")
-    devices = jax.device_count()
-    if recipe.batch_size % devices:
-        raise InputError(
-            f"--batch-size {recipe.batch_size} does not divide by the {devices} devices; "
-            f"give a multiple of {devices}"
-        )
 
 
 def check_workers(args: argparse.Namespace) -> None:

@@ -28,7 +28,7 @@ from rich.table import Table
 
 from flaxnets.console import ArgumentParser, check_choice, plain_console, run_command
 from flaxnets.data import Dataset, Preprocess, Split, find_dataset, load_dataset
-from flaxnets.data.batches import IMAGENET_MEAN, IMAGENET_STD
+from flaxnets.data.batches import imagenet_statistics
 from flaxnets.data.datasets import DatasetInfo
 from flaxnets.data.folder import find_folder
 from flaxnets.data.stream import (
@@ -206,9 +206,7 @@ def read_weights(args: argparse.Namespace) -> Subject:
             f"{args.dataset} has images of {shape[2]} channels, and {args.source} takes "
             f"{channels}; give a --dataset of such images, or folder:PATH"
         )
-    mean, std = IMAGENET_MEAN, IMAGENET_STD
-    if channels == 1:
-        mean, std = ((sum(values) / 3,) for values in (mean, std))
+    mean, std = imagenet_statistics(channels)
     return Subject(
         name=str(args.source),
         origin={"weights": str(args.source), "model": args.model},

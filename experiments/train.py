@@ -37,6 +37,7 @@ from flaxnets.console import (
     ArgumentParser,
     Interruption,
     StudyProgress,
+    check_batch_size,
     check_choice,
     checkpoint_every,
     duration,
@@ -45,7 +46,7 @@ from flaxnets.console import (
     run_command,
 )
 from flaxnets.data import Augmentation, Dataset, Preprocess, Split, find_dataset, load_dataset
-from flaxnets.data.batches import IMAGENET_MEAN, IMAGENET_STD
+from flaxnets.data.batches import imagenet_statistics
 from flaxnets.data.folder import find_folder
 from flaxnets.data.stream import (
     StreamedDataset,
@@ -252,9 +253,7 @@ def stream_preprocess(
 ) -> Preprocess:
     """With ImageNet's statistics, as torchvision's references: a stream is not read for its own."""
     size = recipe.image_size or published_image_shape(args.model)[0]
-    grey = dataset.channels == 1
-    mean, std = ((sum(values) / 3,) if grey else values for values in (IMAGENET_MEAN, IMAGENET_STD))
-    return Preprocess((size, size, dataset.channels), mean, std)
+    return Preprocess((size, size, dataset.channels), *imagenet_statistics(dataset.channels))
 
 
 # What to train: arguments, recipe, network, where it starts.
@@ -367,16 +366,7 @@ def recipes_table() -> Table:
 
 
 def check_batch(recipe: Recipe, num_train: int) -> None:
-    if recipe.batch_size > num_train:
-        raise InputError(
-            f"--batch-size {recipe.batch_size} is more than the {num_train} training images; "
-            f"give at most {num_train}"
-        )
-    if recipe.batch_size % jax.device_count():
-        raise InputError(
-            f"--batch-size {recipe.batch_size} does not divide by the {jax.device_count()} "
-            f"devices; give a multiple of {jax.device_count()}"
-        )
+    check_batch_size(recipe.batch_size, num_train)
     if not 0 < recipe.total_steps(num_train) < 2**31:
         raise InputError("--epochs and --steps: a run is 1 to 2147483647 updates")
 
@@ -478,6 +468,7 @@ def initial_weights(
         lambda: model.init(jax.random.key(0), jax.numpy.zeros((1, *input_shape(args, dataset))))
     )
     take(shapes["params"], variables["params"], keeps_head, path)
+    take(shapes.get("batch_stats", {}), variables.get("batch_stats", {}), True, path)
     return begin, {"path": str(path), "digest": digest}
 
 

@@ -200,6 +200,21 @@ def check_choice(flag: str, value: str, choices: tuple[str, ...], more: str = ""
         )
 
 
+def check_batch_size(batch_size: int, num_train: int) -> None:
+    """Refuse a `--batch-size` that does not fit the training images or the devices."""
+    devices = jax.device_count()
+    if batch_size > num_train:
+        raise InputError(
+            f"--batch-size {batch_size} is more than the {num_train} training images; "
+            f"give at most {num_train}"
+        )
+    if batch_size % devices:
+        raise InputError(
+            f"--batch-size {batch_size} does not divide by the {devices} devices; "
+            f"give a multiple of {devices}"
+        )
+
+
 class Interruption:
     """While entered, SIGINT and SIGTERM ask the work to stop; a second one leaves at once.
 

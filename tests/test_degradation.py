@@ -113,8 +113,8 @@ BAD_INPUT = [
     ("--depths 8 --train-examples 0", "not a whole number above 0"),
     ("--depths 8 --train-examples 2000", "has 1437"),
     # Numbers.
-    ("--depths 8 --batch-size 1438", "more than the 1437 training examples"),
-    ("--depths 8 --batch-size 64 --train-examples 63", "more than the 63 training examples"),
+    ("--depths 8 --batch-size 1438", "more than the 1437 training images"),
+    ("--depths 8 --batch-size 64 --train-examples 63", "more than the 63 training images"),
     ("--depths 8 --batch-size 0", "not a whole number above 0"),
     ("--depths 8 --batch-size -4", "not a whole number above 0"),
     ("--depths 8 --epochs 0", "not a whole number above 0"),

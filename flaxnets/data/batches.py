@@ -23,6 +23,13 @@ COLOUR_DIRECTIONS = (
 SCALED_CROP = {"scaled": (256 / 224, 480 / 224), "fixed": (256 / 224, 256 / 224)}
 
 
+def imagenet_statistics(channels: int) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """Mean and standard deviation for images of 3 channels, or of 1, on a scale of 0 to 1."""
+    if channels == 3:
+        return IMAGENET_MEAN, IMAGENET_STD
+    return (sum(IMAGENET_MEAN) / 3,), (sum(IMAGENET_STD) / 3,)
+
+
 @partial(jax.jit, static_argnames="num_examples")
 def epoch_order(key: jax.Array, epoch: jax.Array | int, num_examples: int) -> jax.Array:
     """A fresh order of all examples for each epoch: int32 `(num_examples,)`, from `key` alone."""

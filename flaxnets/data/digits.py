@@ -7,8 +7,6 @@ from typing import Any
 import numpy as np
 import tensorflow_datasets as tfds
 from PIL import Image
-from sklearn.datasets import load_digits
-from sklearn.model_selection import train_test_split
 
 
 class Digits(tfds.core.GeneratorBasedBuilder, skip_registration=True):
@@ -36,6 +34,10 @@ class Digits(tfds.core.GeneratorBasedBuilder, skip_registration=True):
         )
 
     def _split_generators(self, dl_manager: tfds.download.DownloadManager):
+        # Here, because it takes a second and digits are prepared once.
+        from sklearn.datasets import load_digits
+        from sklearn.model_selection import train_test_split
+
         digits: Any = load_digits()
         images = np.round(digits.images * (255 / 16)).astype(np.uint8)
         train, test = train_test_split(
