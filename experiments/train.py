@@ -22,7 +22,7 @@ import typing
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, fields, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import flax.linen as nn
 import jax
@@ -95,9 +95,13 @@ def main(arguments: list[str] | None = None) -> int:
     train_rows, validation_rows = split_off_validation(args, dataset, recipe)
     num_train = len(train_rows)
     check_batch(recipe, num_train)
-    model, cost, config = plan_run(args, dataset, recipe, num_train, len(validation_rows))
-    begin, origin = initial_weights(args, model, dataset)
-    config["init_from"] = origin
+    start = read_start(args, dataset)
+    preprocess = choose_preprocess(args, dataset, recipe, start)
+    model, cost, config = plan_run(
+        args, dataset, recipe, preprocess, num_train, len(validation_rows)
+    )
+    config["init_from"] = start and start.origin
+    begin = begin_from(start, args, model, preprocess)
     check_run(out, config)
     total_steps = recipe.total_steps(num_train)
     console.print(
@@ -119,7 +123,9 @@ def main(arguments: list[str] | None = None) -> int:
         open_run(out, config),
         contextlib.ExitStack() as stack,
     ):
-        program = make_program(args, dataset, recipe, model, train_rows, validation_rows)
+        program = make_program(
+            args, dataset, recipe, preprocess, model, train_rows, validation_rows
+        )
         write = None
         if args.tensorboard:
             write = stack.enter_context(open_tensorboard(out))
@@ -213,6 +219,7 @@ def make_program(
     args: argparse.Namespace,
     dataset: Dataset | StreamedDataset,
     recipe: Recipe,
+    preprocess: Preprocess,
     model: nn.Module,
     train_rows: Any,
     validation_rows: Any,
@@ -233,14 +240,15 @@ def make_program(
             args.depth,
             recipe,
             Subset(dataset.train, train_rows),
-            stream_preprocess(args, dataset, recipe),
+            preprocess,
             mesh,
             args.seed,
             splits,
             workers=args.data_workers,
             **more,
         )
-    part = replace(dataset, train=Split(*(array[train_rows] for array in dataset.train)))
+    rows = Split(*(array[train_rows] for array in dataset.train))
+    part = replace(dataset, train=rows, preprocess=preprocess)
     splits = {"test": dataset.test}
     if len(validation_rows):
         held_out = Split(*(array[validation_rows] for array in dataset.train))
@@ -248,12 +256,27 @@ def make_program(
     return Program.create(model, args.depth, recipe, part, mesh, splits, **more)
 
 
-def stream_preprocess(
-    args: argparse.Namespace, dataset: StreamedDataset, recipe: Recipe
+def choose_preprocess(
+    args: argparse.Namespace,
+    dataset: Dataset | StreamedDataset,
+    recipe: Recipe,
+    start: "Start | None",
 ) -> Preprocess:
-    """With ImageNet's statistics, as torchvision's references: a stream is not read for its own."""
-    size = recipe.image_size or published_image_shape(args.model)[0]
-    return Preprocess((size, size, dataset.channels), *imagenet_statistics(dataset.channels))
+    """Sizes are those of the data. Images are normalised as those were that the weights to start
+    from were trained on; else with the data's own statistics or, as a stream is not read for them,
+    with ImageNet's, as in torchvision's references."""
+    if isinstance(dataset, StreamedDataset):
+        size = recipe.image_size or published_image_shape(args.model)[0]
+        shape = (size, size, dataset.channels)
+        own = Preprocess(shape, *imagenet_statistics(dataset.channels))
+    else:
+        own = dataset.preprocess
+    if start is None:
+        return own
+    if start.preprocess is not None:
+        return replace(own, mean=start.preprocess.mean, std=start.preprocess.std)
+    mean, std = imagenet_statistics(own.image_shape[2])
+    return replace(own, mean=mean, std=std)
 
 
 # What to train: arguments, recipe, network, where it starts.
@@ -382,15 +405,14 @@ def plan_run(
     args: argparse.Namespace,
     dataset: Dataset | StreamedDataset,
     recipe: Recipe,
+    preprocess: Preprocess,
     num_train: int,
     num_validation: int,
 ) -> tuple[nn.Module, Any, dict[str, Any]]:
     """The network, its cost, and the config from which all is built again."""
     model = create_model(args.model, dataset.num_classes, dtype=DTYPES[args.precision])
-    if isinstance(dataset, StreamedDataset):
-        preprocess, augmentation = stream_preprocess(args, dataset, recipe), Augmentation()
-    else:
-        preprocess, augmentation = dataset.preprocess, dataset.augmentation
+    streamed = isinstance(dataset, StreamedDataset)
+    augmentation = Augmentation() if streamed else dataset.augmentation
     try:
         cost = count_cost(model, preprocess.input_shape, dataset.num_classes)
     except InputError as error:
@@ -409,7 +431,7 @@ def plan_run(
         "dataset": {
             "name": args.dataset,
             "version": dataset.version,
-            "streamed": isinstance(dataset, StreamedDataset),
+            "streamed": streamed,
             "train_examples": num_train,
             "validation_examples": num_validation,
             "test_examples": number(dataset.test),
@@ -440,42 +462,57 @@ def choose_optimizer(
     return optax.multi_transform({"train": optimizer, "freeze": optax.set_to_zero()}, labels)
 
 
-def initial_weights(
-    args: argparse.Namespace, model: nn.Module, dataset: Dataset | StreamedDataset
-) -> tuple[Callable[[TrainState], TrainState], dict[str, str] | None]:
-    """What turns the first state into one with the weights of --init-from, and what they are."""
+class Start(NamedTuple):
+    """Weights of --init-from."""
+
+    variables: dict[str, Any]
+    keeps_head: bool
+    preprocess: Preprocess | None  # PyTorch weights do not say
+    origin: dict[str, str]  # for the config
+
+
+def read_start(args: argparse.Namespace, dataset: Dataset | StreamedDataset) -> Start | None:
     path = args.init_from
     if path is None:
-        return lambda state: state, None
+        return None
     if path.is_dir():
         run = restore(path)
-        variables, digest = jax.device_get(run.variables), f"step {run.step}"
-        keeps_head = run.class_names == tuple(dataset.class_names)
-    elif path.is_file():
-        _, variables = flaxnets.load_torch(args.model, path, num_classes=dataset.num_classes)
-        digest = hashlib.sha256(path.read_bytes()).hexdigest()
-        keeps_head = True  # `load_torch` has made a new one where the classes differ
-    else:
+        return Start(
+            jax.device_get(run.variables),
+            run.class_names == tuple(dataset.class_names),
+            run.preprocess,
+            {"path": str(path), "digest": f"step {run.step}"},
+        )
+    if not path.is_file():
         raise InputError(f"--init-from {path}: there is no such run directory or file")
+    _, variables = flaxnets.load_torch(args.model, path, num_classes=dataset.num_classes)
+    digest = hashlib.sha256(path.read_bytes()).hexdigest()
+    # `load_torch` has made a new head where the classes differ.
+    return Start(variables, True, None, {"path": str(path), "digest": digest})
+
+
+def begin_from(
+    start: Start | None, args: argparse.Namespace, model: nn.Module, preprocess: Preprocess
+) -> Callable[[TrainState], TrainState]:
+    """What turns the first state of a run into one with the weights to start from."""
+    if start is None:
+        return lambda state: state
+
+    def fitted(params: Any, stats: Any) -> tuple[Any, Any]:
+        return (
+            take(params, start.variables["params"], start.keeps_head, args.init_from),
+            take(stats, start.variables.get("batch_stats", {}), True, args.init_from),
+        )
 
     def begin(state: TrainState) -> TrainState:
-        params = take(state.params, variables["params"], keeps_head, path)
-        stats = take(state.batch_stats, variables.get("batch_stats", {}), True, path)
-        mesh = data_mesh()
-        return state.replace(params=replicate(params, mesh), batch_stats=replicate(stats, mesh))
+        params, stats = replicate(fitted(state.params, state.batch_stats), data_mesh())
+        return state.replace(params=params, batch_stats=stats)
 
     shapes = jax.eval_shape(
-        lambda: model.init(jax.random.key(0), jax.numpy.zeros((1, *input_shape(args, dataset))))
+        lambda: model.init(jax.random.key(0), jax.numpy.zeros((1, *preprocess.input_shape)))
     )
-    take(shapes["params"], variables["params"], keeps_head, path)
-    take(shapes.get("batch_stats", {}), variables.get("batch_stats", {}), True, path)
-    return begin, {"path": str(path), "digest": digest}
-
-
-def input_shape(args: argparse.Namespace, dataset: Dataset | StreamedDataset) -> tuple[int, ...]:
-    if isinstance(dataset, Dataset):
-        return dataset.preprocess.input_shape
-    return stream_preprocess(args, dataset, choose_recipe(args)).input_shape
+    fitted(shapes["params"], shapes.get("batch_stats", {}))
+    return begin
 
 
 def take(own: Any, other: Any, keeps_head: bool, path: Path) -> Any:

@@ -187,6 +187,7 @@ def test_a_folder_of_pictures(pictures, command, tmp_path, how):
     )  # fmt: skip
     assert status == 0, err
     second = flaxnets.restore("second")
+    assert second.preprocess == first.preprocess
     assert second.variables["params"]["head"]["kernel"].shape == (64, 2)
     for name in ("params", "batch_stats"):
         for part in first.variables[name]:
@@ -217,6 +218,7 @@ def test_pytorch_weights_are_a_start(command, tmp_path, data_dir):
         run.variables["params"]["conv1"]["kernel"], variables["params"]["conv1"]["kernel"]
     )
     assert run.variables["params"]["head"]["bias"].shape == (10,)
+    assert run.preprocess.mean == pytest.approx((0.449,))
 
 
 def test_early_stopping(command, tmp_path):
