@@ -234,6 +234,9 @@ def test_early_stopping(command, tmp_path):
     assert len(rows) == 3 + int(np.argmin(errors))
     assert len(rows) < 9
     assert "at the lowest validation error" in printed
+    best = flaxnets.restore("out", which="best")
+    assert best.step == int(rows[int(np.argmin(errors))]["step"])
+    assert best.step < int(rows[-1]["step"])
 
 
 def test_divergence(command):

@@ -15,7 +15,7 @@ from flaxnets.training import (
     create_state,
     train_run,
 )
-from flaxnets.training.loop import METRICS
+from flaxnets.training.loop import METRICS, best_epoch
 from tests.helpers import stop_at
 
 
@@ -133,3 +133,19 @@ def test_a_diverged_run_stopped_before_it_was_found(program, tmp_path):
     again = train_run(program, 0, directory, seen.append)
     assert (again.status, again.diverged_step) == ("diverged", 4)
     assert not seen
+
+
+def test_the_best_epoch_is_the_first_of_the_lowest_error_and_never_one_with_nan():
+    nan = float("nan")
+
+    def rows(errors, losses):
+        return [
+            {"validation_error": error, "validation_loss": loss}
+            for error, loss in zip(errors, losses, strict=True)
+        ]
+
+    assert best_epoch(rows([30.0, 10.0, 10.0], [1.0, 1.0, 0.5])) == 1
+    # Where all logits are NaN the loss is, and the error may be anything.
+    assert best_epoch(rows([nan, 30.0, 0.0], [1.0, 1.0, nan])) == 1
+    assert best_epoch(rows([nan], [nan])) is None
+    assert best_epoch([{"test_error": 3.0}]) is None
