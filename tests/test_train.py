@@ -221,12 +221,13 @@ def test_pytorch_weights_are_a_start(command, tmp_path, data_dir):
     assert run.preprocess.mean == pytest.approx((0.449,))
 
 
-def test_early_stopping(command, tmp_path):
-    """Training at a rate of almost nothing, errors do not fall after the first epoch."""
+def test_early_stopping_and_a_plateau(command, tmp_path):
+    """Training at a rate of almost nothing, errors do not fall after the first epoch; the rate is
+    halved after each epoch without a lower loss."""
     status, printed, err = command(
         "--model", "cifar_resnet8", "--learning-rate", "1e-12", "--patience", "2", "--epochs", "9",
-        "--augment", "none", "--weight-decay", "0", "--schedule", "steps", "--decay-at", "0.5",
-        "--out", "out",
+        "--augment", "none", "--weight-decay", "0", "--schedule", "plateau",
+        "--plateau-patience", "1", "--decay-factor", "0.5", "--out", "out",
     )  # fmt: skip
     assert status == 0, err
     rows = rows_of(tmp_path / "out")
@@ -234,6 +235,12 @@ def test_early_stopping(command, tmp_path):
     assert len(rows) == 3 + int(np.argmin(errors))
     assert len(rows) < 9
     assert "at the lowest validation error" in printed
+    rate, lowest = 1e-12, np.inf
+    for row in rows:
+        assert float(row["learning_rate"]) == pytest.approx(rate, rel=1e-5)
+        loss = float(row["validation_loss"])
+        rate, lowest = (rate, loss) if loss < lowest - 1e-4 else (rate / 2, lowest)
+    assert rate < 1e-12
     best = flaxnets.restore("out", which="best")
     assert best.step == int(rows[int(np.argmin(errors))]["step"])
     assert best.step < int(rows[-1]["step"])
