@@ -18,11 +18,14 @@ import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import flax.linen as nn
 import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh
 from rich.console import Console
 from rich.table import Table
 
@@ -44,6 +47,7 @@ from flaxnets.console import (
     words,
 )
 from flaxnets.data import Dataset, find_dataset, load_dataset
+from flaxnets.diagnostics import GradientLog
 from flaxnets.errors import InputError
 from flaxnets.figures import draw_errors
 from flaxnets.memory import keep_memory
@@ -54,6 +58,7 @@ from flaxnets.parallel import (
     is_primary,
     make_deterministic,
     refused_together,
+    replicate,
     start_processes,
 )
 from flaxnets.restore import build_model
@@ -71,7 +76,7 @@ from flaxnets.study import (
     write_config,
     write_summary,
 )
-from flaxnets.tables import blocks, millions, network_name, results_table
+from flaxnets.tables import blocks, differences_table, millions, network_name, results_table
 from flaxnets.training import (
     RECIPES,
     CheckpointEvery,
@@ -130,6 +135,7 @@ def main(arguments: list[str] | None = None) -> int:
         {
             "--dry-run": args.dry_run,
             "--deterministic": args.deterministic,
+            "--log-gradients": args.log_gradients,
             "--checkpoint-every": asdict(args.checkpoint_every),
             "runs": [str(run_directory(out, *run_key(config))) for config in configs],
             **{"-".join(map(str, run_key(config))): config for config in configs},
@@ -153,6 +159,7 @@ def main(arguments: list[str] | None = None) -> int:
             args.checkpoint_every,
             args.workers or default_workers(),
             interruption,
+            args.log_gradients,
         )
 
         # The table and the figure, of all that the directory holds.
@@ -170,6 +177,9 @@ def main(arguments: list[str] | None = None) -> int:
         interruption.say_how_to_continue()
         return interruption.exit_status
     console.print(results_table(networks))
+    differences = differences_table(list(curves(networks).values()))
+    if differences is not None:
+        console.print(differences)
     console.print(conclusion(networks, updates), soft_wrap=True)
     console.print(f"figure: {figure}", soft_wrap=True)
     return 0
@@ -185,6 +195,7 @@ def train_study(
     checkpoint_every: CheckpointEvery,
     workers: int,
     interruption: Interruption,
+    log_gradients: bool,
 ) -> list[Run]:
     """Train what is not finished yet, `workers` networks at a time, and give all runs there are.
 
@@ -211,6 +222,7 @@ def train_study(
     def train_seeds(planned: Planned) -> None:
         configs = [config for other, config in unfinished if other is planned]
         program = None
+        gradients = log_of(planned.model, dataset, batch_size, mesh) if log_gradients else None
         for config in configs:
             if stop():
                 return
@@ -228,7 +240,14 @@ def train_study(
             # Until its first step it compiles, which takes long and has nothing to lose.
             program = program or Program.create(planned.model, planned.depth, recipe, dataset, mesh)
             result = train_run(
-                program, config["seed"], directory, on_progress, stop, checkpoint_every, config
+                program,
+                config["seed"],
+                directory,
+                on_progress,
+                stop,
+                checkpoint_every,
+                config,
+                on_epoch=gradients and partial(gradients.write, directory),
             )
             interruption.unsaved.add(run)
             with writing:
@@ -252,6 +271,12 @@ def train_study(
             future.result()
     interruption.unsaved.add("the table and the figure")
     return sort_runs(known.values())
+
+
+def log_of(model: nn.Module, dataset: Dataset, batch_size: int, mesh: Mesh) -> GradientLog:
+    """Of the gradient on as many images as a step has, the first of the training split."""
+    images, labels = (array[:batch_size] for array in dataset.train)
+    return GradientLog(model, *replicate((dataset.preprocess(images), jnp.asarray(labels)), mesh))
 
 
 def default_workers() -> int:
@@ -302,6 +327,11 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
         default="60s",
         type=checkpoint_every,
         help="save a run so often, such as 500s or 2000steps (default: %(default)s)",
+    )
+    add(
+        "--log-gradients",
+        action="store_true",
+        help="after each epoch, add the norm of each layer's gradient to a run's gradients.csv",
     )
     add(
         "--workers",

@@ -7,6 +7,12 @@ from typing import Any
 from rich import box
 from rich.table import Table
 
+from flaxnets.comparison import (
+    ENOUGH_SEEDS,
+    bootstrap_interval,
+    depth_pairs,
+    paired_differences,
+)
 from flaxnets.console import duration
 from flaxnets.study import Network
 
@@ -46,6 +52,29 @@ def results_table(networks: Sequence[Network]) -> Table:
             duration(sum(run.result.seconds for run in network.runs)),
         )
     return table
+
+
+def differences_table(curves: Sequence[list[Network]]) -> Table | None:
+    """How training error changes with depth, seed by seed; from five seeds on, the mean and its
+    95 % bootstrap interval. A curve is networks that differ in depth. None for a single seed."""
+    table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
+    table.add_column("more depth", no_wrap=True)
+    table.add_column("training error changes, paired by seed, points")
+    for networks in curves:
+        for shallow, deep in depth_pairs(networks):
+            differences = paired_differences(shallow, deep, "train_error")
+            if len(differences) < 2:
+                continue
+            shown = ", ".join(f"{difference:+.2f}" for difference in differences)
+            if len(differences) >= ENOUGH_SEEDS:
+                low, high = bootstrap_interval(differences)
+                mean = sum(differences) / len(differences)
+                shown = (
+                    f"{mean:+.2f} in the mean of {len(differences)} seeds, "
+                    f"95 % interval {low:+.2f} to {high:+.2f}"
+                )
+            table.add_row(f"{deep.kind} {shallow.depth} to {deep.depth}", shown)
+    return table if table.rows else None
 
 
 def _mean_and_spread(network: Network, metric: str, digits: int) -> str:

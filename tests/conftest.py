@@ -45,6 +45,12 @@ def train():
 
 
 @pytest.fixture(scope="session")
+def diagnostics():
+    """`experiments/diagnostics.py`."""
+    return load_script("diagnostics")
+
+
+@pytest.fixture(scope="session")
 def data_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A TFDS directory with the digits in it."""
     from flaxnets.data import load_dataset

@@ -66,9 +66,7 @@ def stored_state(directory):
     """Every array of a run's newest good checkpoint, by its path, and where the run is."""
     with Checkpoints(directory, read_only=True) as checkpoints:
         config, progress = checkpoints.read_config(), checkpoints.read_progress()
-        recipe = Recipe(
-            **{k: tuple(v) if isinstance(v, list) else v for k, v in config["recipe"].items()}
-        )
+        recipe = Recipe.from_config(config["recipe"])
         optimizer = recipe.make_optimizer(config["total_steps"], config["depth"])
         shape = preprocess_of(config).input_shape
         like = create_state(build_model(config), optimizer, 0, shape, data_mesh())

@@ -346,6 +346,7 @@ def train_run(
     checkpoint_every: CheckpointEvery = CheckpointEvery(),
     config: dict[str, Any] | None = None,
     begin: Callable[[TrainState], TrainState] = lambda state: state,
+    on_epoch: Callable[[TrainState, dict[str, Any]], None] | None = None,
 ) -> RunResult:
     """Train from `seed`, or from where `directory` left off, to the end of the recipe.
 
@@ -357,6 +358,7 @@ def train_run(
 
     Args:
       begin: what is done to the very first state, such as taking weights from elsewhere.
+      on_epoch: called with the state at the end of each epoch and the epoch's row.
 
     Raises:
       InputError: `directory` holds another run than `config` says, or what is no run.
@@ -413,6 +415,8 @@ def train_run(
                 except StorageError:
                     checkpoints.wait()  # it needs more space, and says how much
                     raise
+                if on_epoch is not None:
+                    on_epoch(state, rows[-1])
                 diverged_step = _diverged_step(state, row)
                 if diverged_step is not None:
                     status = "diverged"

@@ -110,6 +110,22 @@ class Recipe:
             if not getattr(self, field) >= 0:
                 refuse(f"{field} is not below 0")
 
+    @classmethod
+    def from_config(cls, value: Any) -> "Recipe":
+        """What a run's `config.json` has under `recipe`.
+
+        Raises:
+          InputError: it is no recipe.
+        """
+        try:
+            fields: dict[str, Any] = {
+                name: tuple(entry) if isinstance(entry, list) else entry
+                for name, entry in value.items()
+            }
+            return cls(**fields)
+        except (AttributeError, TypeError) as error:
+            raise InputError(f"its config has no valid recipe ({error})") from error
+
     def total_steps(self, num_examples: int) -> int:
         """Updates in a run over `num_examples` training images."""
         return self.steps or (self.epochs or 0) * (num_examples // self.batch_size)

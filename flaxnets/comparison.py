@@ -1,0 +1,39 @@
+"""Whether a difference between two networks is more than one lucky seed."""
+
+from itertools import pairwise
+
+import numpy as np
+from scipy import stats
+
+from flaxnets.study import Network
+
+ENOUGH_SEEDS = 5  # for an interval
+
+
+def paired_differences(shallow: Network, deep: Network, metric: str) -> list[float]:
+    """A final metric of `deep` less that of `shallow`, of each seed that both have finished.
+
+    Runs of one seed share batches and augmentation, so that they are compared with each other.
+    """
+    before = {run.seed: run.result.final(metric) for run in shallow.finished}
+    return [
+        run.result.final(metric) - before[run.seed] for run in deep.finished if run.seed in before
+    ]
+
+
+def depth_pairs(networks: list[Network]) -> list[tuple[Network, Network]]:
+    """Neighbouring depths, and the least with the greatest."""
+    pairs = list(pairwise(networks))
+    return [*pairs, (networks[0], networks[-1])] if len(networks) > 2 else pairs
+
+
+def bootstrap_interval(differences: list[float]) -> tuple[float, float]:
+    """95 % interval of the mean: percentiles over 10,000 resamples, the same each time."""
+    result = stats.bootstrap(
+        (np.asarray(differences),),
+        np.mean,
+        n_resamples=10_000,
+        method="percentile",
+        rng=np.random.default_rng(0),
+    )
+    return float(result.confidence_interval.low), float(result.confidence_interval.high)

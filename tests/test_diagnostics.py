@@ -1,0 +1,309 @@
+"""The diagnostics as functions, each against another way to compute it; and the command."""
+
+import json
+import re
+from types import SimpleNamespace
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+import flaxnets
+from flaxnets import InputError
+from flaxnets.console import run_command
+from flaxnets.diagnostics import (
+    GradientLog,
+    gradient_norms,
+    insert_identities,
+    layer_names,
+    layer_responses,
+    lesion_errors,
+    loss_surface,
+    random_direction,
+    read_gradients,
+    residual_ratios,
+    without_batch_norm,
+)
+from flaxnets.models.stacking import stack_blocks
+from tests.helpers import quick_jit, random_images, random_variables
+
+LABELS = np.arange(12) % 10
+
+
+@pytest.fixture(scope="module")
+def images():
+    return jnp.asarray(random_images(12, 8, 8, 1))
+
+
+@pytest.fixture(scope="module")
+def twins(images):
+    """Plain and residual network of two blocks a stage, with the same variables."""
+    plain, residual = (flaxnets.create_model(f"cifar_{kind}14") for kind in ("plain", "resnet"))
+    return plain, residual, random_variables(plain, images)
+
+
+def test_layers_come_in_the_order_of_the_signal(images):
+    model = flaxnets.create_model("cifar_resnet8", shortcut="B")
+    names = layer_names(random_variables(model, images)["params"])
+    blocks = [f"stage{i}_block1/conv{j}" for i in (1, 2, 3) for j in (1, 2)]
+    assert names == ["conv1", *blocks, "head"]
+    deep = flaxnets.create_model("cifar_plain68")
+    names = layer_names(jax.eval_shape(deep.init, jax.random.key(0), images)["params"])
+    assert len(names) == 68
+    assert names[18:22] == [
+        f"stage1_block{i}/conv{j}" for i, j in ((9, 2), (10, 1), (10, 2), (11, 1))
+    ]
+
+
+def test_norms_of_gradients_are_slopes(twins, images):
+    """Along its own direction, the gradient is the slope of the loss."""
+    model, _, variables = twins
+    norms = gradient_norms(model, variables, images, jnp.asarray(LABELS))
+    assert list(norms) == layer_names(variables["params"])
+
+    def loss_fn(params):
+        logits, _ = model.apply(
+            {**variables, "params": params}, images, train=True, mutable=["batch_stats"]
+        )
+        return optax.softmax_cross_entropy_with_integer_labels(logits, LABELS).mean()
+
+    loss, gradients = quick_jit(loss_fn), quick_jit(jax.grad(loss_fn))(variables["params"])
+    for name in ("conv1", "stage2_block1/conv2", "head"):
+        module, _, layer = name.partition("/")
+
+        def moved(by, module=module, layer=layer, name=name):
+            params = jax.tree.map(np.array, variables["params"])
+            target = params[module][layer] if layer else params[module]
+            gradient = gradients[module][layer] if layer else gradients[module]
+            target["kernel"] = target["kernel"] + by / norms[name] * gradient["kernel"]
+            return float(loss(params))
+
+        slope = (moved(1e-3) - moved(-1e-3)) / 2e-3
+        assert slope == pytest.approx(norms[name], rel=0.02)
+
+
+def test_without_batch_norm_the_convolutions_stay(twins, images):
+    model, _, variables = twins
+    bare = without_batch_norm(model)
+    params = bare.init(jax.random.key(0), images)["params"]
+    shapes = jax.tree.map(np.shape, params)
+    assert layer_names(params) == layer_names(variables["params"])
+    assert set(shapes["stage1_block1"]) == {"conv1", "conv2"}
+    norms = gradient_norms(bare, {"params": params}, images, jnp.asarray(LABELS))
+    assert all(norm > 0 for norm in norms.values())
+
+
+def test_responses_are_those_after_batch_norm(twins, images):
+    _, model, variables = twins
+    spreads = layer_responses(model, variables, images)
+    _, seen = model.apply(variables, images, capture_intermediates=True)
+    seen = seen["intermediates"]
+    assert len(spreads) == 13
+    assert spreads["conv1"] == pytest.approx(float(seen["bn1"]["__call__"][0].std()), rel=1e-5)
+    for layer in (1, 2):
+        response = seen["stage3_block2"][f"bn{layer}"]["__call__"][0]
+        name = f"stage3_block2/conv{layer}"
+        assert spreads[name] == pytest.approx(float(response.std()), rel=1e-5)
+
+
+def test_responses_of_bottlenecks_are_those_of_3x3_layers(images):
+    model = flaxnets.create_model("cifar_resnet11v2", preactivation=False, block="bottleneck")
+    spreads = layer_responses(model, random_variables(model, images), images)
+    assert list(spreads) == ["conv1", *(f"stage{i}_block1/conv2" for i in (1, 2, 3))]
+
+
+def test_residuals_against_what_the_shortcut_brings(twins, images):
+    _, model, variables = twins
+    ratios = residual_ratios(model, variables, images)
+    _, seen = model.apply(variables, images, capture_intermediates=True)
+    seen = seen["intermediates"]
+
+    def mean_ratio(block, before):
+        residual = np.asarray(seen[block]["bn2"]["__call__"][0]).reshape(12, -1)
+        x = np.asarray(seen[before]["__call__"][0])
+        if x.shape[1] != seen[block]["__call__"][0].shape[1]:
+            x = x[:, ::2, ::2]  # zeros in the new channels
+        norms = [np.linalg.norm(array, axis=1) for array in (residual, x.reshape(12, -1))]
+        return (norms[0] / norms[1]).mean()
+
+    assert list(ratios) == [f"stage{i}_block{j}" for i in (1, 2, 3) for j in (1, 2)]
+    assert ratios["stage1_block2"] == pytest.approx(mean_ratio("stage1_block2", "stage1_block1"))
+    assert ratios["stage2_block1"] == pytest.approx(mean_ratio("stage2_block1", "stage1_block2"))
+
+
+def test_projections_are_shortcuts_too(images):
+    model = flaxnets.create_model("cifar_resnet8", shortcut="B")
+    variables = random_variables(model, images)
+    ratio = residual_ratios(model, variables, images)["stage2_block1"]
+    _, seen = model.apply(variables, images, capture_intermediates=True)
+    block = seen["intermediates"]["stage2_block1"]
+    norms = [
+        np.linalg.norm(np.asarray(block[name]["__call__"][0]).reshape(12, -1), axis=1)
+        for name in ("bn2", "shortcut_bn")
+    ]
+    assert ratio == pytest.approx((norms[0] / norms[1]).mean(), rel=1e-5)
+
+
+@pytest.mark.parametrize("kind", [0, 1])
+def test_a_block_less_is_a_network_without_it(twins, images, kind):
+    model, variables = twins[kind], twins[2]
+    labels = np.array(model.apply(variables, images).argmax(-1))
+    labels[:3] = (labels[:3] + 1) % 10
+    errors = lesion_errors(model, variables, images, jnp.asarray(labels))
+    assert errors[None] == 25.0
+    shorter = model.clone(stage_sizes=(2, 1, 2))
+    without = {
+        part: {name: value for name, value in tree.items() if name != "stage2_block2"}
+        for part, tree in variables.items()
+    }
+    wrong = np.asarray(shorter.apply(without, images).argmax(-1)) != labels
+    assert errors["stage2_block2"] == pytest.approx(100 * wrong.mean())
+    assert len(errors) == 7
+
+
+def test_identities_between_blocks_change_nothing(images):
+    shallow, deep = (flaxnets.create_model(f"cifar_plain{depth}") for depth in (8, 26))
+    variables = random_variables(shallow, images)
+    found = insert_identities(shallow, variables, deep, images)
+    expected = jax.eval_shape(deep.init, jax.random.key(0), images)
+    assert jax.tree.map(np.shape, found) == jax.tree.map(lambda leaf: leaf.shape, dict(expected))
+    logits = [
+        np.asarray(model.apply(of, images)) for model, of in ((shallow, variables), (deep, found))
+    ]
+    np.testing.assert_allclose(logits[1], logits[0], atol=1e-4)
+    # On these very images, whose statistics they have, also in training mode.
+    stage = found["batch_stats"]["stage2_block3"]["bn1"]
+    _, seen = shallow.apply(variables, images, mutable=["intermediates"])
+    signal = np.asarray(seen["intermediates"]["stages"][1])
+    np.testing.assert_allclose(stage["mean"], signal.mean((0, 1, 2)), atol=1e-5)
+    np.testing.assert_allclose(stage["var"], signal.var((0, 1, 2)), atol=1e-4)
+
+
+def test_only_plain_networks_of_a_family_are_made_deeper(images):
+    shallow = flaxnets.create_model("cifar_plain14")
+    variables = random_variables(shallow, images)
+    for deep in ("cifar_resnet26", "cifar_plain8", "plain18"):
+        with pytest.raises(ValueError, match="identities go between"):
+            insert_identities(shallow, variables, flaxnets.create_model(deep), images)
+
+
+def test_directions_have_the_norms_of_the_filters(twins):
+    params = twins[2]["params"]
+    direction = random_direction(params, 3)
+    for name in ("conv1", "head"):
+        ours, theirs = direction[name]["kernel"], params[name]["kernel"]
+        axes = tuple(range(ours.ndim - 1))
+        np.testing.assert_allclose(
+            np.square(ours).sum(axes), np.square(theirs).sum(axes), rtol=1e-4
+        )
+    assert not np.any(direction["bn1"]["scale"])
+    assert not np.any(direction["head"]["bias"])
+    other = random_direction(params, 4)["conv1"]["kernel"]
+    assert not np.allclose(other, direction["conv1"]["kernel"])
+    # Twins go the same way, each as far as its own filters are long.
+    longer = random_direction(jax.tree.map(lambda leaf: 2 * leaf, params), 3)
+    np.testing.assert_allclose(
+        longer["conv1"]["kernel"], 2 * direction["conv1"]["kernel"], rtol=1e-5
+    )
+
+
+def test_the_surface_is_the_loss_of_moved_kernels(twins, images):
+    model, _, variables = twins
+    offsets = np.array([-0.5, 0.0, 0.25])
+    surface = loss_surface(model, variables, images, jnp.asarray(LABELS), offsets, seed=1)
+
+    def loss(x, y):
+        first, second = (random_direction(variables["params"], seed) for seed in (2, 3))
+        params = jax.tree.map(
+            lambda leaf, a, b: leaf + x * a + y * b, variables["params"], first, second
+        )
+        logits, _ = model.apply(
+            {**variables, "params": params}, images, train=True, mutable=["batch_stats"]
+        )
+        return float(optax.softmax_cross_entropy_with_integer_labels(logits, LABELS).mean())
+
+    assert surface.shape == (3, 3)
+    assert surface[1, 1] == pytest.approx(loss(0, 0), rel=1e-4)
+    assert surface[0, 2] == pytest.approx(loss(0.25, -0.5), rel=1e-3)
+
+
+def test_gradients_are_logged_and_go_back_with_the_run(twins, images, tmp_path):
+    _, model, variables = twins
+    log = GradientLog(model, images, jnp.asarray(LABELS))
+    state = SimpleNamespace(variables=variables)
+    for epoch in (1, 2, 3):
+        log.write(tmp_path, state, {"epoch": epoch, "step": 11 * epoch})
+    # Taken up again after the first epoch.
+    scanned = GradientLog(model.clone(scan_blocks=True), images, jnp.asarray(LABELS))
+    state.variables = stack_blocks(variables)
+    scanned.write(tmp_path, state, {"epoch": 2, "step": 22})
+    rows = read_gradients(tmp_path)
+    assert [(row["epoch"], row["step"]) for row in rows] == [(1, 11), (2, 22)]
+    norms = gradient_norms(model, variables, images, jnp.asarray(LABELS))
+    for row in rows:
+        assert list(row)[2:] == list(norms)
+        for name, norm in norms.items():
+            assert row[name] == pytest.approx(norm, rel=1e-4)
+
+
+def test_a_damaged_log_is_named(tmp_path):
+    (tmp_path / "gradients.csv").write_text("epoch,step,conv1\n1,11,x\n")
+    with pytest.raises(InputError, match=r"gradients\.csv is damaged .*; move it away"):
+        read_gradients(tmp_path)
+    assert read_gradients(tmp_path / "nowhere") == []
+
+
+# The command.
+
+
+@pytest.fixture(scope="module")
+def two_depths(degradation, data_dir, tmp_path_factory):
+    """A small finished study that has logged its gradients."""
+    out = tmp_path_factory.mktemp("study") / "out"
+    arguments = ["--depths", "8,10", "--epochs", "2", "--data-dir", str(data_dir)]
+    assert run_command(degradation.main, [*arguments, "--log-gradients", "--out", str(out)]) == 0
+    return out
+
+
+@pytest.mark.slow
+def test_every_diagnostic(diagnostics, two_depths, data_dir, capsys):
+    arguments = [str(two_depths), "--data-dir", str(data_dir), "--images", "64"]
+    assert run_command(diagnostics.main, arguments) == 0
+    printed = capsys.readouterr().out
+    out = two_depths / "diagnostics"
+    entries = json.loads((out / "diagnostics.json").read_text())
+    assert [entry["name"] for entry in entries] == list(diagnostics.DIAGNOSTICS)
+    for entry in entries:
+        assert (out / entry["figure"]).read_bytes().startswith(b"\x89PNG")
+        assert entry["paragraph"] in printed
+        assert (out / f"{entry['name']}.json").is_file()
+    assert len(read_gradients(two_depths / "plain-8" / "seed-0")) == 2
+    built = json.loads((out / "construction.json").read_text())
+    assert built["largest_difference_of_logits"] <= 1e-4
+    assert built["train_error_constructed"] == built["train_error_shallow"]
+    rows = (two_depths / "plain-8" / "seed-0" / "metrics.csv").read_text().splitlines()
+    final = dict(zip(rows[0].split(","), rows[-1].split(","), strict=True))
+    assert built["train_error_shallow"] == pytest.approx(float(final["train_error"]))
+    # Those that are there stay; what is trained is not trained again.
+    assert run_command(diagnostics.main, [*arguments, "--only", "construction,responses"]) == 0
+    assert json.loads((out / "diagnostics.json").read_text()) == entries
+
+
+@pytest.mark.parametrize(
+    ("arguments", "line"),
+    [
+        ("nowhere", "nowhere is not the directory of a study"),
+        ("{study} --only landscpe", "--only is one of .* did you mean landscape"),
+        ("{study} --seed 3", "--seed is one of 0, not 3"),
+        ("{empty}", "has no finished run of a plain or residual network"),
+        ("{study} --images 0", "--images"),
+    ],
+)
+def test_bad_input_gives_one_line(diagnostics, study, capsys, tmp_path, arguments, line):
+    arguments = arguments.format(study=study.out, empty=tmp_path)
+    assert run_command(diagnostics.main, arguments.split()) == 2
+    err = capsys.readouterr().err
+    assert err.count("\n") == 1
+    assert re.search(line, err)
