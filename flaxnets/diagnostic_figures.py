@@ -96,12 +96,13 @@ def draw_surfaces(
         ax.set_title(name, fontsize="medium")
         ax.set_xlabel("offset along a random direction")
         ax.set_aspect("equal")
-        ax.xaxis.set_major_locator(MaxNLocator(5))
+        ticks = np.linspace(offsets[0], offsets[-1], 5)
+        ax.set_xticks(ticks)
+        ax.set_yticks(ticks)
     axes[0].set_ylabel("offset along another one")
     assert filled is not None
     bar = figure.colorbar(filled, ax=axes, shrink=0.85, label="loss (logarithmic colours)")
-    ticks = np.log10(levels[::4])
-    bar.set_ticks(list(ticks), labels=[f"{10**tick:.2g}" for tick in ticks])
+    bar.set_ticks(list(np.log10(levels[::4])), labels=[f"{level:.2g}" for level in levels[::4]])
     _write(figure, path, title)
 
 

@@ -39,9 +39,8 @@ def layer_names(params: Mapping[str, Any]) -> list[str]:
         if len(path) > 1 and path[-1].key == "kernel" and path[-2].key[:8] != "shortcut"
     }
 
-    def place(name: str) -> tuple[int, list[int]]:
-        group = 0 if name == "conv1" else 2 if name == "head" else 1
-        return group, [int(number) for number in re.findall(r"\d+", name)]
+    def place(name: str) -> tuple[bool, list[int]]:
+        return name == "head", [int(number) for number in re.findall(r"\d+", name)]
 
     return sorted(names, key=place)
 

@@ -1,0 +1,79 @@
+"""The report of a study: its figure, tables, diagnostics and configuration in one HTML file.
+
+    python experiments/report.py runs/degradation/digits-cifar
+
+The file needs no network and no server. A study that is still being trained may be read too.
+"""
+
+import argparse
+import os
+import sys
+from pathlib import Path
+
+from flaxnets.console import ArgumentParser, plain_console, run_command
+from flaxnets.errors import InputError
+from flaxnets.files import write_atomic
+from flaxnets.report import make_report, read_diagnostics, read_environments, read_picture
+from flaxnets.study import RUN_FILES, read_runs
+
+
+def main(arguments: list[str] | None = None) -> int:
+    args = parse_arguments(arguments)
+    runs = read_runs(args.study)
+    environments = read_environments(args.study)
+    diagnostics = read_diagnostics(args.study)
+    picture = read_picture(args.study / "degradation.png")
+    write_atomic(args.out, make_report(runs, environments, diagnostics, picture))
+    plain_console().print(f"report: {args.out}", soft_wrap=True)
+    return 0
+
+
+def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
+    parser = ArgumentParser(description=__doc__)
+    parser.add_argument("study", type=Path, metavar="STUDY_DIR", help="what degradation.py made")
+    parser.add_argument("--out", type=Path, help="another .html file than STUDY_DIR/report.html")
+    args = parser.parse(arguments)
+    try:
+        check_study_directory(args.study)
+        args.out = args.out or args.study / "report.html"
+        check_out(args.out)
+    except OSError as error:
+        raise InputError(f"{error.filename}: {error.strerror}; give another path") from error
+    return args
+
+
+def check_study_directory(study: Path) -> None:
+    if not study.exists():
+        raise InputError(f"there is no directory {study}; give that of a study")
+    if not study.is_dir():
+        raise InputError(f"{study} is a file; give the directory of a study")
+    if is_study(study):
+        return
+    if any((study / name).exists() for name in RUN_FILES):
+        above = study.resolve().parents[1]
+        advice = (
+            f"give {study / '..' / '..'}, the study it is of"
+            if is_study(above)
+            else ("give a study, which experiments/degradation.py makes")
+        )
+        raise InputError(f"{study} is a single run; {advice}")
+    raise InputError(f"{study} is not a study (no study.json); give what degradation.py made")
+
+
+def is_study(path: Path) -> bool:
+    return (path / "study.json").exists() or any(path.glob("*-*/seed-*/config.json"))
+
+
+def check_out(out: Path) -> None:
+    if out.is_dir():
+        raise InputError(f"--out {out} is a directory; give a file, such as {out / 'report.html'}")
+    if out.suffix != ".html":
+        raise InputError(f"--out {out} does not end in .html; give a name that does")
+    if not out.parent.is_dir():
+        raise InputError(f"--out {out}: there is no directory {out.parent}; make it first")
+    if not os.access(out.parent, os.W_OK | os.X_OK):
+        raise InputError(f"--out {out} cannot be written; give a place that can be")
+
+
+if __name__ == "__main__":
+    sys.exit(run_command(main))

@@ -1,0 +1,500 @@
+"""The report of a study: one HTML file with its figure, tables, diagnostics and configuration.
+
+A study may be a stranger's: what its files hold is shown as text, and no file outside it is read.
+"""
+
+import base64
+import hashlib
+import json
+import math
+import re
+import shlex
+import stat
+import warnings
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass, replace
+from html import escape
+from pathlib import Path
+from string import Template
+from typing import Any
+
+from flaxnets.console import duration
+from flaxnets.errors import DamageWarning
+from flaxnets.figures import COLOURS
+from flaxnets.study import Network, Run, group_runs
+from flaxnets.tables import blocks, network_name
+from flaxnets.training import RECIPES
+
+LARGEST_FILE = 50_000_000  # bytes
+# What all runs of a study have in common; see `experiments/degradation.py`.
+DEFINITION = ("family", "shortcut", "stem", "precision", "dataset", "augmentation", "recipe")
+# A config does not tell whether a run had all training images; of these data sets it is known.
+TRAINING_IMAGES = {"digits": 1_437, "mnist": 60_000, "fashion_mnist": 60_000, "cifar10": 50_000}
+METRICS = (
+    ("train error, %", "train_error", 2),
+    ("test error, %", "test_error", 2),
+    ("train loss", "train_loss", 3),
+    ("test loss", "test_loss", 3),
+)
+
+
+@dataclass(frozen=True)
+class Diagnostic:
+    """A finding about the networks of a study, with a PNG picture if there is one."""
+
+    title: str
+    paragraph: str
+    picture: bytes | None
+
+
+def make_report(
+    runs: Sequence[Run],
+    environments: Sequence[Any] = (),
+    diagnostics: Sequence[Diagnostic] = (),
+    picture: bytes | None = None,
+) -> str:
+    """The page, which needs nothing but itself.
+
+    Args:
+      environments: what the study ran on, as `study.json` has it.
+      picture: the study's figure as a PNG, for readers without JavaScript.
+    """
+    runs = [_readable(run) for run in runs]
+    networks, configs = group_runs(runs), [run.config for run in runs]
+    here = Path(__file__)
+    page, style, script = (
+        here.with_suffix(suffix).read_text(encoding="utf-8") for suffix in (".html", ".css", ".js")
+    )
+    style = f"{_colours()}\n{style}"
+    depths = sorted({run.depth for run in runs})
+    curves = [_curve(run, depths.index(run.depth)) for run in runs if run.result.rows]
+    return Template(page).substitute(
+        style=style,
+        style_hash=_hash(style),
+        script=script,
+        script_hash=_hash(script),
+        title=_text(_title(networks)),
+        subtitle=_text(_subtitle(configs)),
+        lead=_text(" ".join(summarise(networks))),
+        figure=_figure(curves, picture),
+        tables=_tables(networks),
+        diagnostics=_diagnostics(diagnostics),
+        command=_command(*reproduce(configs, environments)),
+        configuration=_facts({key: configs[0].get(key) for key in DEFINITION} if configs else {}),
+        environments="".join(map(_facts, environments or [{}])),
+        data=json.dumps(curves, allow_nan=False).replace("<", "\\u003c"),
+    )
+
+
+# What lies beside the runs. Damage is warned of and left out.
+
+
+def read_environments(study: Path) -> list[Any]:
+    """What a study ran on, by its `study.json`."""
+    stored = _read_json(study / "study.json")
+    environments = stored.get("environments") if isinstance(stored, dict) else None
+    return environments if isinstance(environments, list) else []
+
+
+def read_diagnostics(study: Path) -> list[Diagnostic]:
+    """What `diagnostics/diagnostics.json` tells, with the pictures beside it."""
+    path = study / "diagnostics" / "diagnostics.json"
+    if path.parent.is_symlink():
+        _warn(f"{path.parent} is a link")
+        return []
+    stored = _read_json(path)
+    if stored is not None and not isinstance(stored, list):
+        _warn(f"{path} is damaged (it holds no list)")
+    diagnostics = []
+    for entry in stored if isinstance(stored, list) else []:
+        keys = ("title", "paragraph", "figure")
+        title, paragraph, figure = map(entry.get, keys) if isinstance(entry, dict) else [None] * 3
+        if not isinstance(title, str) or not isinstance(paragraph, str):
+            _warn(f"{path} is damaged (it has something without title and paragraph)")
+            continue
+        picture = None
+        if isinstance(figure, str) and re.fullmatch(r"\w[\w.-]{0,200}", figure):
+            picture = read_picture(path.with_name(figure), needed=True)
+        elif figure is not None:
+            _warn(f"{path} is damaged (a figure in it is not the name of a file beside it)")
+        diagnostics.append(Diagnostic(title, paragraph, picture))
+    return diagnostics
+
+
+def read_picture(path: Path, needed: bool = False) -> bytes | None:
+    """A PNG; None where there is none, with a warning if it is `needed`."""
+    content = _read_file(path, needed)
+    if content is not None and not content.startswith(b"\x89PNG\r\n\x1a\n"):
+        _warn(f"{path} is not a PNG")
+        return None
+    return content
+
+
+def _read_json(path: Path) -> Any:
+    content = _read_file(path)
+    try:
+        return None if content is None else json.loads(content)
+    except (ValueError, RecursionError):
+        _warn(f"{path} is damaged")
+
+
+def _read_file(path: Path, needed: bool = False) -> bytes | None:
+    try:
+        # A link or a pipe would lead elsewhere, or nowhere ever.
+        status = path.lstat()
+        if stat.S_ISREG(status.st_mode) and status.st_size <= LARGEST_FILE:
+            return path.read_bytes()
+        _warn(f"{path} is not a file, or has more than {LARGEST_FILE:,} bytes")
+    except OSError as error:
+        if needed or not isinstance(error, FileNotFoundError):
+            _warn(f"{path} cannot be read ({error.strerror})")
+    return None
+
+
+def _warn(problem: str) -> None:
+    warnings.warn(f"{problem}; the report leaves it out", DamageWarning, stacklevel=3)
+
+
+def _readable(run: Run) -> Run:
+    """A run whose numbers can all be compared and printed; what cannot be is NaN."""
+
+    def number(value: Any) -> float:
+        return float(value) if abs(value) < 1e15 else math.nan
+
+    rows = [{name: number(value) for name, value in row.items()} for row in run.result.rows]
+    step, seconds = min(run.result.step, 10**15), number(run.result.seconds)
+    return replace(run, result=replace(run.result, rows=rows, step=step, seconds=seconds))
+
+
+# The command that makes the study again.
+
+
+def reproduce(
+    configs: Sequence[dict[str, Any]], environments: Sequence[Any] = ()
+) -> tuple[list[str], list[str]]:
+    """The commands that make runs of these configs, and what to know of them.
+
+    There are several where the runs are no full grid, and none where no command can do it.
+    """
+    if not configs:
+        return [], ["There is no run yet to tell the command from."]
+    study = {key: configs[0].get(key) for key in DEFINITION}
+    if any(config.get(key) != value for config in configs for key, value in study.items()):
+        return [], ["The runs differ in more than the grid, so that no command makes them all."]
+    data: Any = study["dataset"] if isinstance(study["dataset"], dict) else {}
+    recipe: Any = study["recipe"] if isinstance(study["recipe"], dict) else {}
+    name, preset = str(data.get("name", "")), str(recipe.get("name"))
+    # TFDS would fetch and run a community's code for `namespace:name`.
+    known = re.fullmatch(r"\w[\w.+-]*(/[\w.+-]+)?(:[\d.]+)?", name)
+    if not known or preset not in RECIPES:
+        return [], ["The command knows no such data set or recipe."]
+
+    options, remarks = _recipe_options(recipe)
+    options |= {
+        "family": (study["family"], "cifar"),
+        "shortcut": (study["shortcut"], "A"),
+        "stem": (study["stem"], "small" if study["family"] == "cifar" else "imagenet"),
+        "dataset": (name, "digits"),
+        "train-examples": (data.get("train_examples"), TRAINING_IMAGES.get(name)),
+        "recipe": (preset, "digits" if name == "digits" else "he2015-cifar"),
+        "precision": (study["precision"], "float32"),
+    }
+    shared = [
+        part
+        for option, (value, default) in options.items()
+        if value != default
+        for part in (f"--{option}", str(value))
+    ]
+    if "xla_gpu_deterministic_ops=true" in str(environments):
+        shared.append("--deterministic")
+    commands = [
+        ["python", "experiments/degradation.py", *grid, *shared] for grid in _grids(configs)
+    ]
+    if not all(re.fullmatch(r"[\w-][\w.+/:,-]*", part) for command in commands for part in command):
+        return [], ["Its configuration holds what no option of the command takes."]
+    if name != "digits":
+        remarks.append("--data-dir DIR has to be added where TFDS has the data in a place apart.")
+    for kind in sorted({config["kind"] for config in configs if ":" in config["kind"]}):
+        remarks.append(f"{kind} is imported from the directory in which it is started, and run.")
+    return [shlex.join(command) for command in commands], remarks
+
+
+def _recipe_options(recipe: dict[str, Any]) -> tuple[dict[str, tuple[Any, Any]], list[str]]:
+    """Option -> value and default, and in words what there is no option for."""
+    preset = json.loads(json.dumps(asdict(RECIPES[recipe["name"]])))
+    differs = {key for key in preset.keys() | recipe.keys() if recipe.get(key) != preset.get(key)}
+    options = {
+        key.replace("_", "-"): (recipe[key], None)
+        for key in ("epochs", "batch_size", "learning_rate")
+        if key in differs and recipe.get(key)
+    }
+    differs -= {option.replace("-", "_") for option in options}
+    if "epochs" in options and recipe.get("steps") is None:
+        differs.discard("steps")  # which a length in epochs replaces
+    remarks = [
+        f"No option sets {_plain(key)}: it was {_plain(recipe.get(key))}, "
+        f"and the recipe has {_plain(preset.get(key))}."
+        for key in sorted(differs)
+    ]
+    return options, remarks
+
+
+def _grids(configs: Iterable[dict[str, Any]]) -> list[list[str]]:
+    """The grids that these runs are, as options: kinds of the same depths and seeds are in one."""
+    seeds: dict[tuple, list] = {}
+    depths: dict[tuple, list] = {}
+    kinds: dict[tuple, list] = {}
+    for config in configs:
+        seeds.setdefault((config["kind"], config["depth"]), []).append(config["seed"])
+    for (kind, depth), numbers in seeds.items():
+        depths.setdefault((kind, tuple(numbers)), []).append(depth)
+    for (kind, numbers), members in depths.items():
+        kinds.setdefault((tuple(members), numbers), []).append(kind)
+    grids = []
+    for (members, numbers), names in kinds.items():
+        grid = ["--depths", ",".join(map(str, members))]
+        grid += ["--kinds", ",".join(names)] if names != ["plain", "residual"] else []
+        grid += ["--seeds", ",".join(map(str, numbers))] if numbers != (0,) else []
+        grids.append(grid)
+    return grids
+
+
+# What was found, in words.
+
+
+def summarise(networks: Sequence[Network]) -> list[str]:
+    """Sentences about training error and depth, made from the table."""
+    if not networks:
+        return ["No run has been begun yet."]
+    # Of the ImageNet family, deep networks have another block; those are not one curve.
+    mixed = len({network.runs[0].config["block"] for network in networks} - {None}) > 1
+    groups: dict[str, list[Network]] = {}
+    for network in networks:
+        block = network.runs[0].config["block"] if mixed else None
+        name = f"{network.kind} networks" + (f" of {block} blocks" if block else "")
+        groups.setdefault(name, []).append(network)
+    sentences = []
+    for name, members in groups.items():
+        errors = {n.depth: n.mean("train_error") for n in members}
+        errors = {depth: error for depth, error in errors.items() if not math.isnan(error)}
+        named = [f"{error:.1f}\u00a0% at depth\u00a0{depth}" for depth, error in errors.items()]
+        if not errors:
+            sentences.append(f"No run of {name} has finished.")
+        elif len(errors) == 1:
+            sentences.append(f"The training error of {name} is {named[0]}.")
+        else:
+            first, *between, last = errors.values()
+            verb = (
+                "rises" if last - first >= 1 else "falls" if first - last >= 1 else "hardly moves"
+            )
+            sentence = (
+                f"The training error of {name} {verb} with depth, from {named[0]} to {named[-1]}"
+            )
+            if between and max(between) >= max(first, last) + 1:
+                sentence += f", with {named[1 + between.index(max(between))]} in between"
+            sentences.append(sentence + ".")
+    if any(len(network.finished) > 1 for network in networks):
+        sentences.append("These are means over seeds.")
+    states = [run.result.status for network in networks for run in network.runs]
+    lost = [f"{states.count(s)} {s}" for s in ("unfinished", "diverged") if s in states]
+    if lost:
+        sentences.append(f"Of {len(states)} runs, {_listed(lost)} are left out here.")
+    return sentences
+
+
+def _title(networks: Sequence[Network]) -> str:
+    if not networks:
+        return "A study without runs"
+    kinds = _listed(dict.fromkeys(network.kind for network in networks))
+    depths = sorted({network.depth for network in networks})
+    title = f"{kinds} networks at depth{'s'[: len(depths) - 1]} {_listed(depths)}"
+    return title if ":" in networks[0].kind else title[0].upper() + title[1:]
+
+
+def _subtitle(configs: Sequence[dict[str, Any]]) -> str:
+    if not configs:
+        return ""
+    data, steps = configs[0].get("dataset"), _total_steps(configs[0])
+    parts = [_plain(data.get("name"))] if isinstance(data, dict) else []
+    parts += [f"{_plain(configs[0].get('family'))} family"]
+    parts += [f"{steps:,} updates"] if steps else []
+    seeds = sorted({config["seed"] for config in configs})
+    return " · ".join([*parts, f"seed{'s'[: len(seeds) - 1]} {_listed(seeds)}"])
+
+
+def _listed(words: Iterable[Any]) -> str:
+    *first, last = map(str, words)
+    return f"{', '.join(first)} and {last}" if first else last
+
+
+def _total_steps(config: dict[str, Any]) -> int | None:
+    steps = config.get("total_steps")
+    return steps if type(steps) is int and 0 < steps < 2**63 else None
+
+
+# Parts of the page.
+
+
+def _text(value: object) -> str:
+    """Text for HTML: no markup, and nothing that reorders or hides other characters."""
+
+    def visible(c: str) -> str:
+        return c if c.isprintable() or c == "\u00a0" else " " if c.isspace() else "\ufffd"
+
+    return escape("".join(map(visible, str(value))))
+
+
+def _plain(value: Any) -> str:
+    """A name or a value of a config for people; what is nested in it is not shown."""
+    if isinstance(value, list):
+        return ", ".join(map(_plain, value[:100])) if value else "none"
+    if isinstance(value, dict):
+        return "..."
+    return {None: "none", True: "yes", False: "no", "": "none"}.get(
+        value if value is None or isinstance(value, bool | str) else "other", str(value)
+    )
+
+
+def _facts(values: Any) -> str:
+    """A list of names and values, those of an object within it side by side."""
+    if not isinstance(values, dict) or not values:
+        return "<p>Not recorded.</p>"
+    lines = []
+    for key, value in values.items():
+        entries = value.items() if isinstance(value, dict) else [("", value)]
+        parts = (f"<span><i>{_name(k)}</i> {_text(_plain(v))}</span>" for k, v in entries)
+        lines.append(f"<dt>{_name(key)}</dt><dd>{''.join(parts)}</dd>")
+    return f"<dl>{''.join(lines)}</dl>"
+
+
+def _name(key: str) -> str:
+    return _text(key.replace("_", " "))
+
+
+def _image(picture: bytes, alternative: str) -> str:
+    # As wide as it is in print: the figures of this library have 160 dots an inch, a page has 96.
+    width = int.from_bytes(picture[16:20]) * 96 // 160 or 600
+    data = base64.b64encode(picture).decode()
+    return f'<img alt="{_text(alternative)}" width="{width}" src="data:image/png;base64,{data}">'
+
+
+def _figure(curves: Sequence[Any], picture: bytes | None) -> str:
+    if not curves:
+        return "<p>No run has finished an epoch yet, so there is nothing to draw.</p>"
+    instead = "<p>The errors are drawn here by JavaScript; the tables have those of the end.</p>"
+    if picture is not None:
+        instead = _image(picture, "Training and test error against epoch, a panel for each kind")
+    return f'<div id="figure">{instead}</div>'
+
+
+def _curve(run: Run, colour: int) -> dict[str, Any]:
+    """A run for the figure: epochs as in `degradation.png`, null for what is no error."""
+    rows = run.result.rows
+    first = rows[0]["step"] if rows[0]["step"] > 0 else 1.0
+    curve = {"kind": run.kind, "depth": run.depth, "seed": run.seed}
+    curve["colour"] = colour % len(COLOURS)
+    curve["epoch"] = [round(row["step"] / first, 4) if row["step"] > 0 else 0 for row in rows]
+    for split in ("train", "test"):
+        errors = [row[f"{split}_error"] for row in rows]
+        curve[split] = [round(error, 4) if 0 <= error <= 100 else None for error in errors]
+    return curve
+
+
+# A cell is text, or a number as it is shown and as it is sorted.
+Cell = str | tuple[str, float]
+
+
+def _number(value: float, form: str = "{:,}") -> Cell:
+    return ("-" if math.isnan(value) else form.format(value), value)
+
+
+def _time(seconds: float) -> Cell:
+    return ("-" if math.isnan(seconds) else duration(seconds), seconds)
+
+
+def _tables(networks: Sequence[Network]) -> str:
+    """A table of the networks, where there are several seeds, and one of the runs."""
+    if not networks:
+        return "<p>There are none yet.</p>"
+    first, errors = ["kind", "network", "blocks", "depth", "parameters"], [m[0] for m in METRICS]
+    means, ends = [], []
+    for network in networks:
+        config = network.runs[0].config
+        cells = [network.kind, network_name(config), blocks(config)]
+        cells += [_number(network.depth, "{}"), _number(config["parameters"])]
+        seconds = sum(run.result.seconds for run in network.runs)
+        statistics = [_mean(network, metric, digits) for _, metric, digits in METRICS]
+        means.append([*cells, *statistics, _time(seconds), network.status])
+        for run in network.runs:
+            result = run.result
+            finals = [_number(result.final(m), f"{{:.{digits}f}}") for _, m, digits in METRICS]
+            progress = [_number(result.step), _time(result.seconds), _status(run)]
+            ends.append([*cells, _number(run.seed, "{}"), *finals, *progress])
+    tables = [_table("Runs", [*first, "seed", *errors, "steps", "time", "status"], ends)]
+    if len(ends) > len(means):
+        caption = "Networks: mean ± standard deviation over finished runs"
+        tables.insert(0, _table(caption, [*first, *errors, "time", "runs"], means))
+    return "\n".join(tables)
+
+
+def _mean(network: Network, metric: str, digits: int) -> Cell:
+    mean, spread = network.mean(metric), network.spread(metric)
+    form = f"{{:.{digits}f}}" + ("" if math.isnan(spread) else f" ± {spread:.{digits}f}")
+    return _number(mean, form)
+
+
+def _status(run: Run) -> str:
+    status, total = run.result.status, _total_steps(run.config)
+    if status == "diverged":
+        return f"diverged at step {run.result.diverged_step}"
+    if status == "unfinished" and total:
+        return f"unfinished, {min(1.0, run.result.step / total):.0%}"
+    return status
+
+
+def _table(caption: str, headings: Sequence[str], rows: Sequence[Sequence[Cell]]) -> str:
+    def cell(content: Cell) -> str:
+        if isinstance(content, str):
+            return f"<td>{_text(content)}</td>"
+        text, value = content
+        key = "" if math.isnan(value) else value
+        return f'<td class="number" data-sort="{key}">{_text(text)}</td>'
+
+    head = "".join(
+        f'<th scope="col"{"" if isinstance(content, str) else " class=number"}>{name}</th>'
+        for name, content in zip(headings, rows[0], strict=True)
+    )
+    body = "\n".join(f"<tr>{''.join(map(cell, row))}</tr>" for row in rows)
+    return (
+        f'<div class="scroll" tabindex="0" role="region" aria-label="{caption}"><table>'
+        f"<caption>{caption}</caption>\n"
+        f"<thead><tr>{head}</tr></thead>\n<tbody>{body}</tbody></table></div>"
+    )
+
+
+def _diagnostics(diagnostics: Sequence[Diagnostic]) -> str:
+    sections = [
+        f"<h3>{_text(each.title)}</h3>"
+        + ("" if each.picture is None else _image(each.picture, each.title))
+        + f"<p>{_text(each.paragraph)}</p>"
+        for each in diagnostics
+    ]
+    command = "<code>python experiments/diagnostics.py STUDY_DIR</code>"
+    return "\n".join(sections) or f"<p>There are none yet: {command} makes them.</p>"
+
+
+def _command(commands: Sequence[str], remarks: Sequence[str]) -> str:
+    introduction = ["<p>This makes the study again:</p>"] if commands else []
+    parts = [f"<pre>{_text(command)}</pre>" for command in commands]
+    return "\n".join([*introduction, *parts, *(f"<p>{_text(remark)}</p>" for remark in remarks)])
+
+
+def _colours() -> str:
+    """The figure's colours as variables. Its black is that of text, which is light on dark."""
+    colours = ("var(--ink)" if colour == "#000000" else colour for colour in COLOURS)
+    return f":root {{ {' '.join(f'--line-{i}: {c};' for i, c in enumerate(colours))} }}"
+
+
+def _hash(text: str) -> str:
+    """How a content security policy names what a page may run."""
+    return f"'sha256-{base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()}'"

@@ -1,0 +1,797 @@
+"""experiments/report.py, as a user types it, and its page, as a browser shows it."""
+
+import json
+import math
+import os
+import re
+import shlex
+import shutil
+import warnings
+from html.parser import HTMLParser
+from pathlib import Path
+
+import pytest
+from PIL import Image
+from selenium import webdriver
+from selenium.webdriver import ActionChains, Keys
+from selenium.webdriver.chrome.options import Options
+from selenium.webdriver.chrome.service import Service
+from selenium.webdriver.common.by import By
+
+from flaxnets.console import run_command
+from flaxnets.data import load_dataset
+from flaxnets.errors import DamageWarning
+from flaxnets.report import make_report, read_diagnostics, read_environments, reproduce, summarise
+from flaxnets.study import Run, group_runs
+from flaxnets.training.loop import METRICS, RunResult
+from tests.conftest import load_script
+from tests.test_hostile import HOSTILE, changed, places
+
+FLAGS = """--headless=new --no-sandbox --disable-gpu --no-first-run --disable-background-networking
+--disable-component-update --disable-sync --disable-quic"""
+DRIVER = shutil.which("chromedriver")
+needs_browser = pytest.mark.skipif(
+    DRIVER is None, reason="no chromedriver: apt-get install chromium chromium-driver"
+)
+
+
+def made_run(kind, depth, seed, errors=(80.0, 40.0, 20.0, 19.5), status="finished", **more):
+    rows = [
+        {**dict.fromkeys(METRICS, 0.5), "step": 11 * i, "train_error": error}
+        | {"test_error": min(100.0, error + 5)}
+        for i, error in enumerate(errors, 1)
+    ]
+    config = {
+        "kind": kind,
+        "depth": depth,
+        "seed": seed,
+        "parameters": 1000 * depth,
+        "blocks": [1, 1, 1],
+        "block": "basic",
+        "model": {"name": f"cifar_{kind}{depth}"},
+        "total_steps": 44,
+        "family": "cifar",
+        "dataset": {"name": "digits", "train_examples": 1437},
+        **more,
+    }
+    diverged_step = 17 if status == "diverged" else None
+    return Run(config, RunResult(status, rows, 11 * len(rows), 62.5, diverged_step))
+
+
+def made_study():
+    """Three kinds, three depths, two seeds; errors of 0, a run that diverged, one under way."""
+    runs = [
+        made_run(kind, depth, seed, (80.0, 2.0 * depth + seed, last, last))
+        for kind, last in (("plain", 30.0), ("residual", 0.0), ("my_nets:build", 1.5))
+        for depth in (8, 14, 20)
+        for seed in (0, 1)
+    ]
+    runs[5] = made_run("plain", 20, 1, (90.0, 95.0), "diverged")
+    runs[11] = made_run("residual", 20, 1, (88.0,), "unfinished")
+    return runs
+
+
+class Page(HTMLParser):
+    """Tags, attributes, and text outside scripts and styles, as a browser would have them."""
+
+    def __init__(self, text):
+        super().__init__()
+        self.tags, self.attributes, self.text, self.last = [], [], "", ""
+        self.feed(text)
+
+    def handle_starttag(self, tag, attrs):
+        self.tags.append(tag)
+        self.attributes += attrs
+        self.last = tag
+
+    def handle_endtag(self, tag):
+        self.last = ""
+
+    def handle_data(self, data):
+        if self.last not in ("script", "style"):
+            self.text += data + "\n"
+
+
+def data_of(page):
+    return json.loads(re.search(r'<script type="application/json"[^>]*>(.*?)</script>', page)[1])
+
+
+# The command.
+
+
+@pytest.fixture(scope="module")
+def report():
+    return load_script("report")
+
+
+@pytest.fixture
+def copy(study, tmp_path):
+    return shutil.copytree(study.out, tmp_path / "study")
+
+
+def run(report, capsys, *arguments):
+    status = run_command(report.main, [*map(str, arguments)])
+    return status, *capsys.readouterr()
+
+
+def test_a_finished_study(report, capsys, copy):
+    before = {path: path.read_bytes() for path in copy.rglob("*") if path.is_file()}
+    assert run(report, capsys, copy) == (0, f"report: {copy / 'report.html'}\n", "")
+    after = {path: path.read_bytes() for path in copy.rglob("*") if path.is_file()}
+    text = after.pop(copy / "report.html").decode()
+    assert after == before
+    page = Page(text)
+    assert "Plain and residual networks at depth 8" in page.text
+    assert "--depths 8 --epochs 2" in page.text
+    assert "diagnostics.py STUDY_DIR" in page.text
+    assert page.tags.count("img") == 1  # degradation.png
+    assert [(run["kind"], run["epoch"]) for run in data_of(text)] == [
+        ("plain", [1, 2]),
+        ("residual", [1, 2]),
+    ]
+    for value in (*before, str(copy), os.path.expanduser("~")):
+        assert str(value) not in text
+    run(report, capsys, copy)
+    assert (copy / "report.html").read_text() == text
+
+
+def test_another_place(report, capsys, copy, tmp_path):
+    out = tmp_path / "there.html"
+    assert run(report, capsys, copy, "--out", out)[:2] == (0, f"report: {out}\n")
+    assert not (copy / "report.html").exists()
+    (tmp_path / "link").symlink_to(copy)
+    assert run(report, capsys, tmp_path / "link")[0] == 0
+
+
+def test_before_anything_is_trained(report, capsys, copy):
+    for path in copy.glob("*-8"):
+        shutil.rmtree(path)
+    (copy / "degradation.png").unlink()
+    assert run(report, capsys, copy)[0] == 0
+    text = Page((copy / "report.html").read_text()).text
+    assert "No run has been begun yet." in text
+    assert "nothing to draw" in text
+    assert "jaxlib" in text
+
+
+def test_before_the_first_epoch(report, capsys, copy):
+    for path in copy.glob("*-8/seed-0/checkpoints"):
+        shutil.rmtree(path)
+    assert run(report, capsys, copy)[0] == 0
+    text = Page((copy / "report.html").read_text()).text
+    assert "nothing to draw" in text
+    assert text.count("unfinished, 0%") == 2
+    assert "No run of plain networks has finished." in text
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["missing"], "there is no directory missing"),
+        (["a.txt"], "a.txt is a file"),
+        (["empty"], "empty is not a study"),
+        (["study/plain-8/seed-0"], "is a single run; give study/plain-8/seed-0/../.., the study"),
+        (["alone"], "alone is a single run; give a study"),
+        (["study/plain-8"], "is not a study"),
+        (["x" * 300], "File name too long"),
+        (["study", "--out", "empty"], "such as empty/report.html"),
+        (["study", "--out", "study/study.json"], "does not end in .html"),
+        (["study", "--out", "none/r.html"], "there is no directory none"),
+        (["study", "--out", "a.txt/r.html"], "there is no directory a.txt"),
+        (["study", "--uot", "r.html"], "did you mean --out?"),
+        (["blocked"], "is a directory"),
+        ([], "STUDY_DIR"),
+    ],
+)
+def test_mistakes_are_one_line(report, capsys, study, tmp_path, monkeypatch, arguments, message):
+    monkeypatch.chdir(tmp_path)
+    Path("study").symlink_to(study.out)
+    Path("a.txt").touch()
+    Path("empty").mkdir()
+    Path("alone/checkpoints").mkdir(parents=True)
+    Path("blocked/report.html").mkdir(parents=True)
+    Path("blocked/study.json").touch()
+    status, out, err = run(report, capsys, *arguments)
+    assert (status, out) == (2, "")
+    assert message in err
+    assert err.startswith("error: ")
+    assert err.count("\n") == 1
+
+
+def test_a_place_that_cannot_be_written(report, capsys, copy, monkeypatch):
+    # Asked of the system, because root may write anywhere.
+    monkeypatch.setattr(os, "access", lambda path, mode: Path(path) != copy)
+    status, _, err = run(report, capsys, copy)
+    assert status == 2
+    assert "cannot be written; give a place that can be" in err
+
+
+# Diagnostics, and other files beside the runs.
+
+
+@pytest.fixture
+def diagnostics(tmp_path):
+    """A function that writes diagnostics.json; there is a picture and a secret."""
+    folder = tmp_path / "study" / "diagnostics"
+    folder.mkdir(parents=True)
+    Image.new("L", (2, 2)).save(folder / "good.png")
+    Image.new("L", (3, 3)).save(tmp_path / "secret.png")
+
+    def write(content):
+        text = content if isinstance(content, str) else json.dumps(content)
+        (folder / "diagnostics.json").write_text(text)
+        with warnings.catch_warnings(record=True) as seen:
+            warnings.simplefilter("always")
+            found = read_diagnostics(tmp_path / "study")
+        assert all(warning.category is DamageWarning for warning in seen)
+        return found, [str(warning.message) for warning in seen]
+
+    return write
+
+
+def entry(figure):
+    return {"name": "x", "title": "A title", "paragraph": "Some words.", "figure": figure}
+
+
+def test_diagnostics_become_sections(diagnostics):
+    found, seen = diagnostics([entry("good.png"), entry(None)])
+    assert not seen
+    page = Page(make_report(made_study(), diagnostics=found))
+    assert page.text.count("A title") == page.text.count("Some words.") == 2
+    assert ("alt", "A title") in page.attributes
+    assert any(
+        name == "src" and value.startswith("data:image/png") for name, value in page.attributes
+    )
+    assert "diagnostics.py" not in page.text
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        "",
+        "{",
+        "[" * 100_000,
+        "{}",
+        "7",
+        "\x00",
+        [7],
+        [{"title": "x"}],
+        [{**entry(None), "title": {}}],
+    ],
+)
+def test_damaged_diagnostics_are_left_out(diagnostics, content):
+    found, (warning,) = diagnostics(content)
+    assert not found
+    assert "diagnostics.json is damaged" in warning
+
+
+def test_figures_are_files_of_that_folder(diagnostics, tmp_path):
+    folder = tmp_path / "study" / "diagnostics"
+    (folder / "link.png").symlink_to(tmp_path / "secret.png")
+    (folder / "folder.png").mkdir()
+    os.mkfifo(folder / "pipe.png")
+    (folder / "text.png").write_text("secret")
+    secret = str(tmp_path / "secret.png")
+    for figure in (
+        *("link.png", "folder.png", "pipe.png", "text.png", "missing.png", "../../secret.png"),
+        *(secret, "..", ".", "", "a/b.png", "a\0b", "x" * 300, 7, [], "\ud800.png"),
+    ):
+        (found,), (warning,) = diagnostics([entry(figure)])
+        assert found.picture is None, figure
+        assert found.title == "A title"
+        assert warning.endswith("; the report leaves it out")
+    (folder / "good.png").unlink()
+    folder.rename(tmp_path / "elsewhere")
+    folder.symlink_to(tmp_path / "elsewhere")
+    found, (warning,) = diagnostics([entry(None)])
+    assert not found
+    assert "is a link" in warning
+
+
+def test_warnings_are_a_line_each(report, capsys, copy):
+    folder = copy / "diagnostics"
+    folder.mkdir()
+    (folder / "diagnostics.json").write_text(json.dumps([entry("gone.png")]))
+    (copy / "study.json").write_text("{")
+    (copy / "degradation.png").write_text("no picture")
+    status, out, err = run(report, capsys, copy)
+    assert (status, out.count("\n")) == (0, 1)
+    assert [line[:9] for line in err.splitlines()] == ["warning: "] * 3
+    for name in ("gone.png", "study.json", "degradation.png"):
+        assert name in err
+    assert "A title" in (copy / "report.html").read_text()
+
+
+@pytest.mark.parametrize(
+    "content", ["[]", "null", '{"environments": {}}', '{"environments": [1, {}]}']
+)
+def test_any_environments(tmp_path, content):
+    (tmp_path / "study.json").write_text(content)
+    assert make_report(made_study(), read_environments(tmp_path))
+
+
+# Strangers' studies.
+
+CODE = "document.title='evil'"
+EVIL = f'</script><script>{CODE}</script><img src=x onerror="{CODE}">\'"&'
+
+
+def evil_report():
+    runs = made_study()
+    for run in runs:
+        run.config["kind"] = run.config["kind"] + EVIL
+        run.config["model"] = {"name": EVIL}
+        run.config["family"] = EVIL
+        run.config["dataset"] = {"name": EVIL, EVIL: EVIL}
+        run.config["recipe"] = {"name": EVIL, EVIL: [EVIL]}
+    found = read_diagnostics(Path("none"))
+    assert not found
+    return make_report(runs, [{EVIL: EVIL, "packages": {EVIL: EVIL}}, EVIL])
+
+
+def test_text_is_never_markup():
+    page = Page(evil_report())
+    assert page.tags.count("script") == 2
+    assert "img" not in page.tags
+    assert not [name for name, _ in page.attributes if name.startswith("on")]
+    assert "</script>" in page.text
+
+
+def test_hidden_characters_are_replaced():
+    text = make_report([made_run("plain", 8, 0, family="a\u202eb\x1b[2J\ud800c")])
+    assert text.encode()
+    assert not set("\u202e\x1b\ud800") & set(text)
+
+
+def test_any_config_and_record_gives_a_report():
+    good = made_run("plain", 8, 0, recipe={"name": "digits", "epochs": 4}, augmentation={"pad": 1})
+    checked = ("kind", "depth", "seed", "model", "blocks", "block", "parameters")  # by read_runs
+    fields = [path for path in places(good.config) if path[0] not in checked]
+    assert len(fields) > 8
+    for path in fields:
+        for new in (*HOSTILE, 10**400, "x" * 1000):
+            config = changed(good.config, path, new)
+            assert make_report([Run(config, good.result)], [new]).encode()
+    for new in (math.nan, math.inf, -math.inf, 1e308, -1e308, 10**400, -1, 0):
+        rows = [{**row, name: new} for row in good.result.rows[:2] for name in METRICS]
+        for status in ("finished", "diverged", "unfinished"):
+            runs = [Run(good.config, RunResult(status, rows, 10**400, new, 10**400))] * 2
+            curve = data_of(make_report(runs))[0]
+            assert all(error is None or 0 <= error <= 100 for error in curve["train"])
+
+
+# What is said.
+
+
+def words(runs):
+    return " ".join(summarise(group_runs(runs))).replace("\u00a0", " ")
+
+
+def test_the_lead_is_made_from_the_table():
+    runs = [
+        *(made_run("plain", depth, 0, (last,)) for depth, last in ((8, 1.0), (14, 2.0), (20, 9.0))),
+        *(
+            made_run("residual", depth, 0, (last,))
+            for depth, last in ((8, 5.0), (14, 30.0), (20, 1.0))
+        ),
+        made_run("mine:build", 8, 0, (3.0,)),
+        made_run("mine:other", 8, 0, (), "unfinished"),
+    ]
+    assert words(runs) == (
+        "The training error of plain networks rises with depth, from 1.0 % at depth 8 to 9.0 % at "
+        "depth 20. The training error of residual networks falls with depth, from 5.0 % at depth 8 "
+        "to 1.0 % at depth 20, with 30.0 % at depth 14 in between. The training error of "
+        "mine:build networks is 3.0 % at depth 8. No run of mine:other networks has finished. "
+        "Of 8 runs, 1 unfinished are left out here."
+    )
+    mixed = [made_run("plain", 34, 0), made_run("plain", 50, 0, (99.0,), block="bottleneck")]
+    assert "plain networks of bottleneck blocks is 99.0 %" in words(mixed)
+    same = [made_run("plain", 8, 0), made_run("plain", 14, 0), made_run("plain", 14, 1)]
+    assert "hardly moves with depth" in words(same)
+    assert "means over seeds" in words(same)
+
+
+def cells(page, table):
+    rows = re.findall(r"<tr>(.*?)</tr>", re.findall(r"<table>.*?</table>", page, re.DOTALL)[table])
+    return [
+        [re.sub("<.*?>", "", cell) for cell in re.findall("<t[hd].*?</t[hd]>", row)] for row in rows
+    ]
+
+
+def test_tables():
+    page = make_report(made_study())
+    networks, runs = cells(page, 0), cells(page, 1)
+    assert len(networks) == 1 + 9
+    assert len(runs) == 1 + 18
+    assert networks[3][-1] == "1 of 2 (1 diverged)"
+    assert networks[1][:7] == [
+        "plain",
+        "cifar_plain8",
+        "1-1-1",
+        "8",
+        "8,000",
+        "30.00 ± 0.00",
+        "35.00 ± 0.00",
+    ]
+    first, diverged, unfinished = (dict(zip(runs[0], runs[i], strict=True)) for i in (1, 6, 12))
+    assert first == {
+        "kind": "plain",
+        "network": "cifar_plain8",
+        "blocks": "1-1-1",
+        "depth": "8",
+        "parameters": "8,000",
+        "seed": "0",
+        "train error, %": "30.00",
+        "test error, %": "35.00",
+        "train loss": "0.500",
+        "test loss": "0.500",
+        "steps": "44",
+        "time": "1:02",
+        "status": "finished",
+    }
+    assert (diverged["status"], diverged["train error, %"]) == ("diverged at step 17", "95.00")
+    assert (unfinished["status"], unfinished["train error, %"]) == ("unfinished, 25%", "-")
+    one = make_report([made_run("plain", 8, 0)])
+    assert "Networks:" not in one
+    assert len(cells(one, 0)) == 2
+
+
+# The command that makes a study again.
+
+
+def configs_of(degradation, arguments, data_dir):
+    """What the study of these arguments would store, without training it."""
+    args = degradation.parse_arguments([*arguments, "--data-dir", str(data_dir)])
+    recipe = degradation.choose_recipe(args)
+    dataset = load_dataset(args.dataset, data_dir, args.train_examples).resized(recipe.image_size)
+    definition = degradation.define_study(args, dataset, recipe)
+    builders = {kind: degradation.import_builder(kind) for kind in args.kinds if ":" in kind}
+    plan = [
+        degradation.plan_network(args, kind, depth, definition, dataset, recipe, builders)
+        for kind in args.kinds
+        for depth in args.depths
+    ]
+    return json.loads(json.dumps([config for planned in plan for config in planned.configs]))
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        "--depths 8,10",
+        "--depths 8 --kinds residual --seeds 0,3",
+        "--depths 8 --kinds plain,tests.test_report:build --seeds 5",
+        "--depths 8 --batch-size 64 --epochs 3 --learning-rate 0.05",
+        "--depths 18 --family imagenet --shortcut B --stem small --precision bfloat16",
+        "--depths 8 --train-examples 500 --recipe modern-cifar",
+        "--depths 8 --epochs 2 --recipe he2015-cifar",
+    ],
+)
+def test_the_command_makes_the_same_study(degradation, data_dir, command):
+    configs = configs_of(degradation, command.split(), data_dir)
+    (made,), remarks = reproduce(configs)
+    assert len(remarks) == (":" in command)
+    python, script, *arguments = shlex.split(made)
+    assert (python, script) == ("python", "experiments/degradation.py")
+    assert sorted(arguments) == sorted(command.split())
+    assert configs_of(degradation, arguments, data_dir) == configs
+
+
+def build(depth, num_classes, dtype):
+    import flaxnets
+
+    return flaxnets.create_model(f"cifar_resnet{depth}", num_classes, dtype=dtype)
+
+
+@pytest.fixture(scope="module")
+def configs(degradation, data_dir):
+    return configs_of(degradation, ["--depths", "8"], data_dir)
+
+
+def test_a_study_that_has_grown_takes_several_commands(configs):
+    plain, residual = configs
+    grown = [plain, residual, {**residual, "depth": 14}, {**residual, "depth": 14, "seed": 1}]
+    assert [command.split("degradation.py ")[1] for command in reproduce(grown)[0]] == [
+        "--depths 8",
+        "--depths 14 --kinds residual --seeds 0,1",
+    ]
+
+
+def test_what_no_option_gives_is_said_in_words(configs):
+    recipe = {**configs[0]["recipe"], "weight_decay": 0.5, "epochs": None, "steps": 77}
+    commands, remarks = reproduce([{**config, "recipe": recipe} for config in configs])
+    assert commands == ["python experiments/degradation.py --depths 8"]
+    assert [re.search("sets (.*?):", remark)[1] for remark in remarks] == [
+        "epochs",
+        "steps",
+        "weight_decay",
+    ]
+    other = {**configs[0]["dataset"], "name": "cifar10", "train_examples": 50_000}
+    (command,), (remark,) = reproduce([{**configs[0], "dataset": other}])
+    assert command.endswith("--kinds plain --dataset cifar10 --recipe digits")
+    assert "--data-dir" in remark
+    (command,), _ = reproduce(configs, [{"xla_flags": "--xla_gpu_deterministic_ops=true"}])
+    assert command.endswith("--deterministic")
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"dataset": {"name": "evil:code"}},
+        {"dataset": {"name": "$(reboot)"}},
+        {"dataset": None},
+        {"dataset": {}},
+        {"recipe": {"name": "unknown"}},
+        {"recipe": {"name": ["digits"]}},
+        {"family": "x; reboot"},
+        {"shortcut": "\x1b[201~\nreboot\n"},
+        {"precision": None, "stem": {}},
+        {"depth": 14, "family": "imagenet"},  # beside the other run
+    ],
+)
+def test_no_command_for_what_it_cannot_do(configs, change):
+    given = [{**configs[0], **change}] + ([configs[1]] if "depth" in change else [])
+    commands, (remark,) = reproduce(given)
+    assert not commands
+    assert remark
+
+
+# In a browser.
+
+
+@pytest.fixture(scope="module")
+def browser(tmp_path_factory):
+    options = Options()
+    for flag in FLAGS.split():
+        options.add_argument(flag)
+    options.add_argument(f"--user-data-dir={tmp_path_factory.mktemp('browser')}")
+    options.set_capability("goog:loggingPrefs", {"browser": "ALL"})
+    driver = webdriver.Chrome(options=options, service=Service(DRIVER))
+    yield driver
+    driver.quit()
+
+
+@pytest.fixture
+def visit(browser, tmp_path):
+    """A function that opens a page in a window of some width; it must complain of nothing."""
+
+    def visit(text, width=1280, theme="light"):
+        (tmp_path / "report.html").write_text(text)
+        size = {"width": width, "height": 900, "deviceScaleFactor": 1, "mobile": False}
+        scheme = [{"name": "prefers-color-scheme", "value": theme}]
+        browser.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", size)
+        browser.execute_cdp_cmd("Emulation.setEmulatedMedia", {"features": scheme})
+        browser.get((tmp_path / "report.html").as_uri())
+        return browser
+
+    yield visit
+    assert browser.get_log("browser") == []
+    assert browser.execute_script("return performance.getEntriesByType('resource')") == []
+
+
+def panels(browser):
+    found = browser.find_elements(By.CSS_SELECTOR, ".panel")
+    return {p.find_element(By.TAG_NAME, "h3").text: p for p in found if p.is_displayed()}
+
+
+def press(browser, *keys):
+    for key in keys:
+        browser.find_element(By.CSS_SELECTOR, f'[data-key="{key}"]').click()
+
+
+def texts(panel):
+    return [element.text for element in panel.find_elements(By.TAG_NAME, "text")]
+
+
+def points_of(browser, panel, metric, which):
+    """Points of a line, in pixels from the middle of its panel's picture."""
+    script = """const [panel, metric, which] = arguments, svg = panel.querySelector("svg");
+        const box = svg.getBoundingClientRect(), scale = box.width / svg.viewBox.baseVal.width;
+        const path = panel.querySelectorAll(".line." + metric)[which].getAttribute("d");
+        return path.slice(1).split("L")
+          .map((pair) => pair.split(",").map(Number))
+          .map(([x, y]) => [x * scale - box.width / 2, y * scale - box.height / 2]);"""
+    return browser.execute_script(script, panel, metric, which)
+
+
+@needs_browser
+def test_a_point_tells_its_run_epoch_and_error(visit):
+    browser = visit(make_report(made_study()))
+    panel = panels(browser)["plain"]
+    picture, tip = panel.find_element(By.TAG_NAME, "svg"), browser.find_element(By.ID, "tip")
+    assert not tip.is_displayed()
+    x, y = points_of(browser, panel, "test", 3)[1]  # depth 14, seed 1
+    ActionChains(browser).move_to_element_with_offset(picture, round(x), round(y)).perform()
+    assert tip.text.split("\n") == [
+        *("plain, depth 14, seed 1", "epoch 2"),
+        *("training error", "29.00 %", "test error", "34.00 %"),
+    ]
+    assert tip.find_element(By.CSS_SELECTOR, ".read").text.startswith("test error")
+    ActionChains(browser).move_to_element(browser.find_element(By.TAG_NAME, "h1")).perform()
+    assert not tip.is_displayed()
+
+
+@needs_browser
+def test_points_are_read_with_the_keyboard(visit):
+    browser = visit(make_report(made_study()))
+    press(browser, "test")
+    chips = browser.find_elements(By.CSS_SELECTOR, ".legend button")
+    chips[-1].send_keys(Keys.TAB)  # to the first panel
+    spoken = browser.find_element(By.CSS_SELECTOR, "[aria-live]")
+    heard = []
+    for key in (None, Keys.ARROW_LEFT, Keys.HOME, Keys.ARROW_LEFT, Keys.ARROW_DOWN, Keys.ARROW_UP):
+        if key:
+            browser.switch_to.active_element.send_keys(key)
+        heard.append(spoken.get_attribute("textContent"))
+    one, other = "plain, depth 8, seed 0", "plain, depth 8, seed 1"
+    assert heard == [
+        f"{one}, epoch 4, training error 30.00 %",
+        f"{one}, epoch 3, training error 30.00 %",
+        *[f"{one}, epoch 1, training error 80.00 %"] * 2,
+        f"{other}, epoch 1, training error 80.00 %",
+        f"{one}, epoch 1, training error 80.00 %",
+    ]
+    browser.switch_to.active_element.send_keys(Keys.ESCAPE)
+    assert not browser.find_element(By.ID, "tip").is_displayed()
+
+
+def count(browser, selector):
+    return len(browser.find_elements(By.CSS_SELECTOR, selector))
+
+
+@needs_browser
+def test_the_legend_switches_lines(visit):
+    browser = visit(make_report(made_study()))
+    assert list(panels(browser)) == ["plain", "residual", "my_nets:build"]
+    assert set(texts(panels(browser)["plain"])) > {"8", "14", "20"}
+    lines = ".panel:not([hidden]) .line"
+    assert count(browser, f"{lines}.train") == count(browser, f"{lines}.test") == 18
+    press(browser, "depth 14")
+    assert count(browser, f"{lines}.test") == 12
+    assert not any("14" in texts(panel) for panel in panels(browser).values())
+    press(browser, "kind plain", "train")
+    assert list(panels(browser)) == ["residual", "my_nets:build"]
+    assert (count(browser, f"{lines}.train"), count(browser, f"{lines}.test")) == (0, 8)
+    button = browser.find_element(By.CSS_SELECTOR, '[data-key="train"]')
+    assert button.get_attribute("aria-pressed") == "false"
+    press(browser, "test")
+    assert not panels(browser)
+    assert "Nothing is switched on" in browser.find_element(By.CLASS_NAME, "note").text
+    press(browser, "test", "kind plain", "train", "depth 14")
+    assert count(browser, lines) == 36
+
+
+@needs_browser
+def test_the_axes(visit):
+    browser = visit(make_report(made_study()))
+    for panel in panels(browser).values():
+        seen = texts(panel)
+        assert {"error (%)", "epoch", "0", "1", "4", "20", "80"} <= set(seen)
+    lowest = points_of(browser, panels(browser)["residual"], "train", 0)[-1][1]
+    assert lowest == points_of(browser, panels(browser)["residual"], "train", 1)[-1][1]
+    press(browser, "log")
+    shared = [t for t in texts(panels(browser)["plain"]) if re.fullmatch(r"[\d.]+", t)]
+    assert {"1", "10"} <= set(shared)
+    for panel in panels(browser).values():
+        # Of the errors that are not 0, 1.5 % is the least.
+        assert "error (%), logarithmic; 0 is drawn at 0.75" in texts(panel)
+    ys = [y for _, y in points_of(browser, panels(browser)["residual"], "train", 0)]
+    assert all(math.isfinite(y) for y in ys)
+    assert ys[-1] == ys[-2] > ys[1] > ys[0]
+    press(browser, "kind residual")
+    assert "error (%), logarithmic" in texts(panels(browser)["plain"])
+
+
+@needs_browser
+@pytest.mark.parametrize(
+    "runs",
+    [
+        [made_run("plain", 8, 0, (0.0,))],
+        [made_run("plain", 8, 0, (0.0, 0.0)), made_run("residual", 8, 0, ())],
+        [made_run("plain", 8, 0, (100.0, 100.0), "diverged")],
+        [made_run("plain", 8, 0, (math.nan, 7.0, math.nan, math.nan), "diverged")],
+        [made_run("plain", 8, 0, [50.0 / (i + 1) for i in range(500)])],
+        [made_run("plain", 2 * depth, 0) for depth in range(4, 40)],
+    ],
+    ids=["one zero", "zeros", "all wrong", "not a number", "many epochs", "many depths"],
+)
+def test_whatever_there_is_is_drawn(visit, runs):
+    browser = visit(make_report(runs), 360)
+    for _ in ("linear", "logarithmic"):
+        for panel in panels(browser).values():
+            drawn = panel.find_element(By.TAG_NAME, "svg").get_attribute("outerHTML")
+            assert not re.search("NaN|Infinity|undefined|null", drawn)
+            ticks = [t for t in texts(panel) if re.fullmatch(r"[\d.]+", t)]
+            assert len(ticks) >= 3
+        press(browser, "log")
+
+
+@needs_browser
+def test_tables_are_sorted_by_their_headings(visit):
+    runs = made_study()
+    runs[:2] = [made_run("plain", 8, seed, (error,)) for seed, error in ((0, 30.5), (1, 30.25))]
+    browser = visit(make_report(runs))
+    table = browser.find_elements(By.TAG_NAME, "table")[1]
+    headings = table.find_elements(By.TAG_NAME, "th")
+    names = [heading.text for heading in headings]
+
+    def column(name):
+        rows = table.find_elements(By.CSS_SELECTOR, "tbody tr")
+        return [row.find_elements(By.TAG_NAME, "td")[names.index(name)].text for row in rows]
+
+    def sort(name):
+        button = headings[names.index(name)].find_element(By.TAG_NAME, "button")
+        button.send_keys(Keys.ENTER)
+        return column(name)
+
+    errors = sort("train error, %")
+    assert errors[-1] == "-"
+    assert [float(error) for error in errors[:-1]] == sorted(map(float, errors[:-1]))
+    falling = ["95.00", "30.50", "30.25", *["30.00"] * 3, *["1.50"] * 6, *["0.00"] * 5, "-"]
+    assert sort("train error, %") == falling
+    assert sort("parameters")[::6] == ["8,000", "14,000", "20,000"]
+    assert sort("kind")[0] == "my_nets:build"
+    assert sort("time")[0] == "1:02"
+    sorts = [heading.get_attribute("aria-sort") for heading in headings]
+    assert sorts[names.index("time")] == "ascending"
+    assert sorts.count("none") == len(names) - 1
+
+
+@needs_browser
+@pytest.mark.parametrize("width", [360, 1600])
+@pytest.mark.parametrize("theme", ["light", "dark"])
+def test_it_fits_any_window_and_theme(visit, width, theme):
+    picture = b"\x89PNG\r\n\x1a\n"
+    browser = visit(
+        make_report(made_study(), [{"packages": {"jax": "1" * 200}}], [], picture), width, theme
+    )
+    press(browser, "log")
+    assert browser.execute_script("return document.documentElement.scrollWidth") <= width
+    columns = {panel.location["x"] for panel in panels(browser).values()}
+    assert len(columns) == (1 if width == 360 else 3)
+    script = "return [getComputedStyle(document.body).backgroundColor, " + ", ".join(
+        f"getComputedStyle(document.querySelectorAll('.line.test')[{line}]).stroke"
+        for line in (0, 2)
+    )
+    paper, first, third = browser.execute_script(script + "]")
+    assert first == "rgb(0, 114, 178)"  # as in degradation.png
+    dark, light = (sum(map(int, re.findall(r"\d+", colour))) for colour in (paper, third))
+    if theme == "light":
+        dark, light = light, dark
+    assert (dark < 120, light > 600) == (True, True)
+
+
+@needs_browser
+def test_strangers_run_no_code(visit):
+    browser = visit(evil_report())
+    assert "evil" in browser.title  # its text
+    assert browser.title != "evil"
+    assert len(panels(browser)) == 3
+    ActionChains(browser).move_to_element(panels(browser).popitem()[1]).perform()
+    assert EVIL in browser.find_element(By.ID, "tip").text
+    assert count(browser, "img") == 0
+
+
+@needs_browser
+def test_it_is_read_without_javascript(visit, browser, study):
+    picture = (study.out / "degradation.png").read_bytes()
+    browser.execute_cdp_cmd("Emulation.setScriptExecutionDisabled", {"value": True})
+    try:
+        visit(make_report(made_study(), picture=picture))
+        assert count(browser, "#figure img") == 1
+        assert count(browser, "tbody tr") == 27
+        assert count(browser, "button") == 0
+    finally:
+        browser.execute_cdp_cmd("Emulation.setScriptExecutionDisabled", {"value": False})
+
+
+@needs_browser
+def test_the_page_may_neither_run_more_nor_ask_anyone(visit):
+    browser = visit(make_report(made_study()))
+    script = """const more = document.createElement("script");
+        more.textContent = "window.ran = true";
+        document.body.append(more);
+        return fetch("http://127.0.0.1:9/").catch(() => window.ran);"""
+    assert browser.execute_script(script) is None
+    blocked = [entry["message"] for entry in browser.get_log("browser")]
+    assert any("script-src" in message for message in blocked)
+    assert any("default-src 'none'" in message for message in blocked)
