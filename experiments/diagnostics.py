@@ -24,6 +24,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from flaxnets.config import DATASET_NAME
 from flaxnets.console import (
     ArgumentParser,
     Interruption,
@@ -236,7 +237,8 @@ def gradient_log(
     for network, rows in logged.values():
         first = [row["conv1"] for row in rows]
         sentences.append(
-            f"the first layer's of {network.name} is from {min(first):.2g} to {max(first):.2g}"
+            f"the gradient of the first layer of {network.name} is from {min(first):.3g} to "
+            f"{max(first):.3g}"
         )
     draw_panels(panels, figure, f"gradients through training, {describe_data(study)}")
     paragraph = f"Over the epochs, the norm of {', '.join(sentences)}."
@@ -522,7 +524,7 @@ def deepest(study: Study) -> list[Network]:
 def flow(norms: list[float]) -> str:
     """What becomes of a gradient from the last convolution to the first."""
     last, first = norms[-1], norms[0]
-    sizes = f"(norm {last:.2g} at the last convolution, {first:.2g} at the first)"
+    sizes = f"(norm {last:.3g} at the last convolution, {first:.3g} at the first)"
     if not (math.isfinite(last) and math.isfinite(first)):
         return f"overflows {sizes}"
     if first < VANISHES * last:
@@ -546,9 +548,10 @@ def write_finding(out: Path, name: str, found: Finding) -> None:
     """Numbers of its own, and an entry in `diagnostics.json`, from which the report is made."""
     write_atomic(out / f"{name}.json", json.dumps(found.numbers, indent=1) + "\n")
     path = out / "diagnostics.json"
-    entries: dict[str, Any] = {}
-    if path.is_file():
+    try:
         entries = {entry["name"]: entry for entry in json.loads(path.read_text())}
+    except (FileNotFoundError, ValueError, TypeError, KeyError):
+        entries = {}  # not there, or damaged
     entries[name] = {
         "name": name,
         "title": found.title,
@@ -594,10 +597,11 @@ def read_networks(path: Path, seed: int | None) -> list[Network]:
 
 def load_images(network: Network, data_dir: Path | None) -> Dataset:
     """What the study was trained on."""
-    own = network.run.config.get("dataset")
-    if not isinstance(own, dict) or not isinstance(own.get("name"), str):
+    own: Any = network.run.config.get("dataset")
+    known = isinstance(own, dict) and DATASET_NAME.fullmatch(str(own.get("name")))
+    if not known or type(own.get("train_examples")) is not int:
         raise InputError(f"the config of {network.name} names no data set")
-    dataset = load_dataset(own["name"], data_dir, own.get("train_examples"))
+    dataset = load_dataset(own["name"], data_dir, own["train_examples"])
     dataset = dataset.resized(network.restored.preprocess.size)
     if dataset.fingerprint() != own.get("sha256"):
         raise InputError(

@@ -26,6 +26,7 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
+from flaxnets.config import DATASET_NAME
 from flaxnets.console import ArgumentParser, check_choice, plain_console, run_command
 from flaxnets.data import Dataset, Preprocess, Split, find_dataset, load_dataset
 from flaxnets.data.batches import imagenet_statistics
@@ -176,10 +177,11 @@ def is_dataset(value: Any) -> bool:
     """Whether that is what the config of a run, which may be a stranger's, says of its data."""
     if not isinstance(value, dict) or not isinstance(value.get("name"), str):
         return False
-    # TFDS would fetch and run a community's code for `namespace:name`.
-    known = re.fullmatch(r"folder:.+|[\w.+-]+(/[\w.+-]+)?(:[\d.]+)?", value["name"])
+    name = value["name"]
+    known = len(name) > len("folder:") and name.startswith("folder:")
+    known = known or DATASET_NAME.fullmatch(name) is not None
     counts = [value.get("train_examples"), value.get("validation_examples", 0)]
-    return known is not None and all(type(count) is int and count >= 0 for count in counts)
+    return known and all(type(count) is int and count >= 0 for count in counts)
 
 
 def read_weights(args: argparse.Namespace) -> Subject:

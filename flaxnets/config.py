@@ -9,6 +9,9 @@ import jax.numpy as jnp
 
 from flaxnets.errors import InputError
 
+# TFDS would fetch and run a community's code for `namespace:name`.
+DATASET_NAME = re.compile(r"\w[\w.+-]*(/[\w.+-]+)?(:[\d.]+)?")
+
 DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
 
 

@@ -18,6 +18,7 @@ from pathlib import Path
 from string import Template
 from typing import Any
 
+from flaxnets.config import DATASET_NAME
 from flaxnets.console import duration
 from flaxnets.errors import DamageWarning
 from flaxnets.figures import COLOURS
@@ -184,9 +185,7 @@ def reproduce(
     data: Any = study["dataset"] if isinstance(study["dataset"], dict) else {}
     recipe: Any = study["recipe"] if isinstance(study["recipe"], dict) else {}
     name, preset = str(data.get("name", "")), str(recipe.get("name"))
-    # TFDS would fetch and run a community's code for `namespace:name`.
-    known = re.fullmatch(r"\w[\w.+-]*(/[\w.+-]+)?(:[\d.]+)?", name)
-    if not known or preset not in RECIPES:
+    if not DATASET_NAME.fullmatch(name) or preset not in RECIPES:
         return [], ["The command knows no such data set or recipe."]
 
     options, remarks = _recipe_options(recipe)

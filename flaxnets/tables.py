@@ -56,14 +56,14 @@ def results_table(networks: Sequence[Network]) -> Table:
 
 def differences_table(curves: Sequence[list[Network]]) -> Table | None:
     """How training error changes with depth, seed by seed; from five seeds on, the mean and its
-    95 % bootstrap interval. A curve is networks that differ in depth. None for a single seed."""
+    95 % bootstrap interval. A curve is networks that differ in depth. None without two of them."""
     table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
     table.add_column("more depth", no_wrap=True)
     table.add_column("training error changes, paired by seed, points")
     for networks in curves:
         for shallow, deep in depth_pairs(networks):
             differences = paired_differences(shallow, deep, "train_error")
-            if len(differences) < 2:
+            if not differences:
                 continue
             shown = ", ".join(f"{difference:+.2f}" for difference in differences)
             if len(differences) >= ENOUGH_SEEDS:

@@ -59,5 +59,5 @@ def test_few_seeds_are_shown_one_by_one_and_many_as_an_interval():
     assert "+3.00 in the mean of 5 seeds, 95 % interval +" in many
 
 
-def test_one_seed_is_not_compared():
-    assert differences_table([networks({8: [1.0], 14: [4.0]})]) is None
+def test_one_depth_is_not_compared():
+    assert differences_table([networks({8: [1.0, 2.0]})]) is None
