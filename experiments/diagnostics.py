@@ -396,7 +396,7 @@ def construction(
             else ", so that here training finds one as good."
         ),
         f"Trained on from the construction for {rows[-1]['step']:,} updates, it is at "
-        f"{rows[-1]['train_error']:.2f} %.",
+        f"{rows[-1]['train_error']:.2f} % training error.",
     ]
     numbers = {
         "shallow": shallow.name,
@@ -457,7 +457,7 @@ def continue_training(
         result = train_run(
             program,
             deep.run.seed,
-            study.out / name,
+            study.out / name / f"seed-{deep.run.seed}",
             on_progress,
             interruption.requested,
             config=config,

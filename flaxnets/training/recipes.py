@@ -400,7 +400,7 @@ PRESETS = (
         Recipe(
             name="modern-cifar",
             learning_rate=0.2,
-            epochs=16,
+            epochs=20,
             nesterov=True,
             weight_decay=5e-4,
             decay="kernels",
