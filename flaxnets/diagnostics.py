@@ -259,19 +259,16 @@ def random_direction(params: Any, seed: int) -> Any:
     for the norms.
     """
 
-    def draw(path: Any, leaf: jax.Array) -> jax.Array:
+    def draw(path: Any, leaf: Any) -> np.ndarray:
+        leaf = np.asarray(leaf)
         if path[-1].key != "kernel":
-            return jnp.zeros_like(leaf)
-        key = jax.random.fold_in(
-            jax.random.key(seed), zlib.crc32(jax.tree_util.keystr(path).encode())
-        )
-        direction = jax.random.normal(key, leaf.shape)
-        axes = tuple(range(leaf.ndim - 1))  # a filter has one output channel
-
-        def norm(array: jax.Array) -> jax.Array:
-            return jnp.sqrt((array * array).sum(axes))
-
-        return direction * norm(leaf) / norm(direction)
+            return np.zeros_like(leaf)
+        name = zlib.crc32(jax.tree_util.keystr(path).encode())
+        # NumPy's numbers: JAX would compile for every shape.
+        direction = np.random.default_rng([seed, name]).standard_normal(leaf.shape, np.float32)
+        filters = tuple(range(leaf.ndim - 1))  # each has one output channel
+        norms = [np.sqrt(np.square(array).sum(filters)) for array in (leaf, direction)]
+        return direction * norms[0] / norms[1]
 
     return jax.tree.map_with_path(draw, params)
 

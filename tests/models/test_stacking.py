@@ -81,6 +81,7 @@ def test_operations_grow_in_proportion_to_depth():
     assert 0.9 < (third - second) / (second - first) < 1.1
 
 
+@pytest.mark.slow
 def test_a_scanned_program_does_not_grow():
     instructions = [
         len(
@@ -99,6 +100,7 @@ def test_counted_in_full():
     assert count_cost(scanned, (32, 32, 3), 10) == expected
 
 
+@pytest.mark.slow
 def test_runs_and_checkpoints(digits, tmp_path):
     """A run of a scanned network is that of the same network, and its checkpoints fit both."""
     recipe = replace(RECIPES["digits"], epochs=None, steps=3)
