@@ -491,7 +491,8 @@ def landscape(
         sentences.append(
             f"At {name} the loss is {centre:.3g}; on the rim of the square it is "
             f"{np.median(rim):.3g} in the median, from {rim.min():.3g} to {rim.max():.3g}, and "
-            f"{lower or 'none'} of the other {surface.size - 1} points is lower than the network itself."
+            f"{lower or 'none'} of the other {surface.size - 1} points is lower than the network "
+            "itself."
         )
     sentences.append(
         "Both squares reach as far as the kernels are long, filter by filter; the loss is that of "
