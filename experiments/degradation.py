@@ -237,6 +237,8 @@ def train_study(
                 interruption.unsaved.add(run)
                 run.update(now)
 
+            if gradients is not None:
+                gradients.check(directory)
             # Until its first step it compiles, which takes long and has nothing to lose.
             program = program or Program.create(planned.model, planned.depth, recipe, dataset, mesh)
             result = train_run(

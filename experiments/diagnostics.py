@@ -10,7 +10,6 @@ responses, residuals, construction, landscape, and gradient-log for runs trained
 
 import argparse
 import json
-import math
 import shlex
 import statistics
 import sys
@@ -29,6 +28,7 @@ from flaxnets.console import (
     ArgumentParser,
     Interruption,
     StudyProgress,
+    check_batch_size,
     check_choice,
     duration,
     plain_console,
@@ -192,23 +192,27 @@ def gradients(
         for network in deepest(study):
             convolutions = list(norms[network.name].values())[:-1]
             clauses.append(f"in {network.name} {flow(convolutions)}")
-        sentences.append(f"{moment[0].upper()}{moment[1:]}, the gradient {', '.join(clauses)}.")
+        start = f"{moment[0].upper()}{moment[1:]}"
+        sentences.append(f"{start}, the norm of the gradient goes {', '.join(clauses)}.")
     draw_panels(panels, figure, f"gradients of the layers' kernels, {describe_data(study)}")
-    with_norm = {
-        (network.name, moment): norms[0] / norms[-1]
+    # With BatchNorm, between the last convolution and the first.
+    ends = {
+        f"{network.name} {moment}": (norms[0], norms[-1])
         for moment in ("at the start", "at the end of training")
         for network in study.of_kind("plain")
         if (norms := list(numbers[moment][network.name].values())[:-1])
     }
-    vanishing = [f"{name} {moment}" for (name, moment), r in with_norm.items() if r < VANISHES]
-    growing = [f"{name} {moment}" for (name, moment), r in with_norm.items() if r > GROWS]
-    if vanishing:
-        sentences.append(f"With BatchNorm, gradients vanish in {', '.join(vanishing)}.")
-    elif with_norm:
-        grow = f"; they grow too large instead in {', '.join(growing)}" if growing else ""
+    cases = {
+        "vanish in": [name for name, (first, last) in ends.items() if first < VANISHES * last],
+        "grow a hundred times in": [n for n, (first, last) in ends.items() if first > GROWS * last],
+        "are not finite in": [name for name, pair in ends.items() if not np.isfinite(pair).all()],
+    }
+    found = [f"{what} {', '.join(names)}" for what, names in cases.items() if names]
+    if ends and not cases["vanish in"]:
+        found.insert(0, "vanish (to a hundredth) in no plain network")
+    if found:
         sentences.append(
-            "With BatchNorm, gradients vanish in no plain network, so that this is not why deep "
-            f"ones fail{grow}."
+            f"With BatchNorm, on their way to the input, gradients {'; '.join(found)}."
         )
     return Finding("Do gradients vanish?", " ".join(sentences), numbers)
 
@@ -220,7 +224,7 @@ def gradient_log(
     logged = {}
     for network in study.networks:
         directory = run_directory(args.study, *network.run.key)
-        if rows := read_gradients(directory):
+        if rows := read_gradients(directory, layer_names(network.variables["params"])):
             logged[network.name] = (network, rows)
     if not logged:
         raise NotPossibleError("no run has been trained with --log-gradients")
@@ -231,7 +235,7 @@ def gradient_log(
         for network, rows in logged.values():
             names = layer_names(network.variables["params"])
             name = names[len(names) // 2 if place is None else place]
-            x = [row["step"] / rows[0]["step"] for row in rows]
+            x = [row["epoch"] for row in rows]
             curves.append(replace(curve_of(network, [row[name] for row in rows]), x=x))
         panels.append(Panel(title, "epoch", "norm of the gradient", curves, log=True))
     for network, rows in logged.values():
@@ -282,7 +286,7 @@ def responses(
             f"Residual networks respond less than their plain twins at {less} of {len(pairs)} "
             "depths."
         )
-    if max(means.values()) < 1.05 * min(means.values()):
+    if all(abs(mean - 1) < 0.05 for mean in means.values()):
         sentences.append("All are about the 1 that BatchNorm starts with.")
     of_residual = [means[network.name] for network in study.of_kind("residual")]
     if len(of_residual) > 1:
@@ -347,14 +351,14 @@ def construction(
     study: Study, args: argparse.Namespace, figure: Path, interruption: Interruption
 ) -> Finding | None:
     """A deep plain network as good as a shallow one, made by hand, and trained on."""
-    plain = study.of_kind("plain")
-    if len(plain) < 2 or any(network.model.block != "basic" for network in (plain[0], plain[-1])):
+    plain = [network for network in study.of_kind("plain") if network.model.block == "basic"]
+    if len(plain) < 2:
         raise NotPossibleError("it needs plain networks of two-convolution blocks at two depths")
     shallow, deep = plain[0], plain[-1]
     variables = insert_identities(shallow.model, shallow.variables, deep.model, study.train.images)
     logits = [
         compute_logits(
-            network.model,
+            network.model.clone(dtype=jnp.float32),
             of,
             study.dataset.preprocess,
             study.dataset.train.images,
@@ -383,19 +387,20 @@ def construction(
     )
     scratch = deep.run.result.final("train_error")
     inserted = sum(deep.model.stage_sizes) - sum(shallow.model.stage_sizes)
-    held = "" if difference <= 1e-4 else " (more than the 1e-4 that rounding explains)"
+    same = "the same function" if difference <= 1e-4 else "nearly the same function"
     sentences = [
         f"{deep.name} made of the trained {shallow.name} and {inserted} blocks that are identities "
-        f"computes the same function: its logits on all {len(labels):,} training images differ by "
-        f"at most {difference:.1e}{held}, and its training error is {errors[1]:.2f} %, that of "
+        f"computes {same}: its logits on all {len(labels):,} training images differ by at most "
+        f"{difference:.1e}, and its training error is {errors[1]:.2f} %, that of "
         f"{shallow.name} {errors[0]:.2f} %.",
         f"Training from scratch ended at {scratch:.2f} %"
         + (
-            ": a solution that is at least as good exists, and training does not find it."
-            if scratch > errors[1]
-            else ", so that here training finds one as good."
+            ": a better solution exists, and this training has not found it."
+            if scratch >= errors[1] + 1
+            else ", less than a point above it, so that here training finds one about as good."
         ),
-        f"Trained on from the construction for {rows[-1]['step']:,} updates, it is at "
+        f"Trained on from the construction for {rows[-1]['step']:,} updates ({shallow.name} had "
+        f"had {shallow.run.result.step:,}), it is at "
         f"{rows[-1]['train_error']:.2f} % training error.",
     ]
     numbers = {
@@ -428,17 +433,22 @@ def continue_training(
     of `metrics.csv`, or None if it was interrupted."""
     recipe = Recipe.from_config(deep.run.config.get("recipe"))
     examples = len(study.dataset.train.labels)
+    check_batch_size(recipe.batch_size, examples)
     of_study = recipe.total_steps(examples) // (examples // recipe.batch_size)
     epochs = args.epochs or max(1, min(of_study, CONTINUED_EPOCHS))
     recipe = replace(recipe, epochs=epochs, steps=None)
     mesh = data_mesh()
     program = Program.create(deep.model, deep.run.depth, recipe, study.dataset, mesh)
-    name = f"{deep.name}-from-{shallow.name}"
+    name, seed = f"{deep.name}-from-{shallow.name}", deep.run.seed
     config = {
         **deep.run.config,
         "recipe": asdict(recipe),
         "total_steps": program.total_steps,
-        "init_from": {"run": shallow.name, "step": shallow.restored.step},
+        "init_from": {
+            "run": shallow.name,
+            "step": shallow.restored.step,
+            "images": len(study.train.labels),
+        },
     }
 
     def begin(state: TrainState) -> TrainState:
@@ -456,8 +466,8 @@ def continue_training(
 
         result = train_run(
             program,
-            deep.run.seed,
-            study.out / name / f"seed-{deep.run.seed}",
+            seed,
+            study.out / name / f"{epochs}-epochs-{len(study.train.labels)}-images-seed-{seed}",
             on_progress,
             interruption.requested,
             config=config,
@@ -523,16 +533,8 @@ def deepest(study: Study) -> list[Network]:
 
 
 def flow(norms: list[float]) -> str:
-    """What becomes of a gradient from the last convolution to the first."""
-    last, first = norms[-1], norms[0]
-    sizes = f"(norm {last:.3g} at the last convolution, {first:.3g} at the first)"
-    if not (math.isfinite(last) and math.isfinite(first)):
-        return f"overflows {sizes}"
-    if first < VANISHES * last:
-        return f"vanishes on its way to the input {sizes}"
-    if first > GROWS * last:
-        return f"grows on its way to the input {sizes}"
-    return f"keeps its size {sizes}"
+    """From where the gradient comes to where it goes."""
+    return f"from {norms[-1]:.3g} at the last convolution to {norms[0]:.3g} at the first"
 
 
 def curve_of(network: Network, values: list[float]) -> Curve:
@@ -592,7 +594,8 @@ def read_networks(path: Path, seed: int | None) -> list[Network]:
         model = restored.model
         if not isinstance(model, ResNet) or model.preactivation:
             raise InputError(f"{path}: {run.kind}-{run.depth} is no ResNet of version 1")
-        networks.append(Network(run, restored, model))
+        # What `remat` computes again cannot be watched.
+        networks.append(Network(run, restored, model.clone(remat=False)))
     return networks
 
 

@@ -9,7 +9,7 @@ import csv
 import io
 import re
 import zlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -33,11 +33,11 @@ EPSILON = 1e-5  # of `flaxnets.models.layers.batch_norm`
 
 def layer_names(params: Mapping[str, Any]) -> list[str]:
     """The weighted layers on the longest path: shortcuts are left out."""
-    names = {
+    names = [
         "/".join(entry.key for entry in path[:-1])
         for path, _ in jax.tree.leaves_with_path(params)
         if len(path) > 1 and path[-1].key == "kernel" and path[-2].key[:8] != "shortcut"
-    }
+    ]
 
     def place(name: str) -> tuple[bool, list[int]]:
         return name == "head", [int(number) for number in re.findall(r"\d+", name)]
@@ -169,7 +169,7 @@ def _shortcut(seen: Mapping[str, Any], block: str, like: jax.Array) -> jax.Array
     if projection is not None:
         return projection[1]
     x = seen[block][0]
-    return zero_padded_identity(x, like.shape[-1], x.shape[1] // like.shape[1])
+    return zero_padded_identity(x, like.shape[-1], -(-x.shape[1] // like.shape[1]))
 
 
 def lesion_errors(
@@ -229,7 +229,8 @@ def insert_identities(
 
     @jax.jit
     def stage_statistics(variables: Variables, images: jax.Array) -> list[tuple[Any, Any]]:
-        seen = _watch(shallow, variables, images)
+        # In bfloat16 the statistics would be too coarse to undo.
+        seen = _watch(shallow.clone(dtype=jnp.float32), variables, images)
         ends = [
             seen[f"stage{stage}_block{size}"][1]
             for stage, size in enumerate(shallow.stage_sizes, 1)
@@ -248,7 +249,8 @@ def insert_identities(
                 **{f"bn{i}": {"scale": scale, "bias": mean} for i in (1, 2)},
             }
             stats[name] = {f"bn{i}": {"mean": mean, "var": var} for i in (1, 2)}
-    return {"params": params, "batch_stats": stats}
+    # An array of its own for each: who donates them may do so once.
+    return jax.tree.map(np.array, {"params": params, "batch_stats": stats})
 
 
 def random_direction(params: Any, seed: int) -> Any:
@@ -319,20 +321,23 @@ def loss_surface(
     )
 
 
-def read_gradients(directory: Path) -> list[dict[str, float]]:
+def read_gradients(directory: Path, names: Sequence[str]) -> list[dict[str, float]]:
     """The rows of a run's `gradients.csv`, an epoch each; none without one.
 
     Raises:
-      InputError: it is damaged.
+      InputError: it is damaged, or its layers are not `names`.
     """
     path = directory / "gradients.csv"
     if not path.is_file():
         return []
     with path.open(newline="", encoding="utf-8") as file:
+        reader = csv.DictReader(file)
         try:
+            if reader.fieldnames != ["epoch", "step", *names]:
+                raise ValueError("its columns are not epoch, step and this network's layers")
             return [
                 {k: (int if k in ("epoch", "step") else float)(v) for k, v in row.items()}
-                for row in csv.DictReader(file)
+                for row in reader
             ]
         except (TypeError, ValueError) as error:
             raise InputError(f"{path} is damaged ({error}); move it away") from error
@@ -348,6 +353,18 @@ class GradientLog:
     def __init__(self, model: nn.Module, images: jax.Array, labels: jax.Array) -> None:
         self._norms = jax.jit(partial(_gradients, unscanned(model)))
         self._images, self._labels = images, labels
+        shapes = jax.eval_shape(
+            lambda: unscanned(model).init(jax.random.key(0), images[:1], train=False)
+        )
+        self._names = layer_names(shapes["params"])
+
+    def check(self, directory: Path) -> None:
+        """Refuse a damaged `gradients.csv` before the run goes on.
+
+        Raises:
+          InputError: as `read_gradients`.
+        """
+        read_gradients(directory, self._names)
 
     def write(self, directory: Path, state: TrainState, row: Mapping[str, Any]) -> None:
         """Add the state at the end of an epoch, whose row of `metrics.csv` is `row`."""
@@ -355,8 +372,8 @@ class GradientLog:
         norms = jax.device_get(self._norms(variables, self._images, self._labels))
         if not is_primary():
             return
-        names = layer_names(variables["params"])
-        earlier = [old for old in read_gradients(directory) if old["step"] < row["step"]]
+        names = self._names
+        earlier = [old for old in read_gradients(directory, names) if old["step"] < row["step"]]
         place = {"epoch": row["epoch"], "step": row["step"]}
         rows = [*earlier, {**place, **{name: float(norms[name]) for name in names}}]
         text = io.StringIO()

@@ -189,6 +189,37 @@ def test_identities_between_blocks_change_nothing(images):
     np.testing.assert_allclose(stage["var"], signal.var((0, 1, 2)), atol=1e-4)
 
 
+def test_identities_in_bfloat16_are_exact_too(images):
+    models = (flaxnets.create_model(f"cifar_plain{d}", dtype=jnp.bfloat16) for d in (8, 14))
+    shallow, deep = models
+    variables = random_variables(shallow, images)
+    found = insert_identities(shallow, variables, deep, images)
+    assert {leaf.dtype for leaf in jax.tree.leaves(found)} == {np.dtype("float32")}
+    logits = [
+        np.asarray(model.clone(dtype=jnp.float32).apply(of, images))
+        for model, of in ((shallow, variables), (deep, found))
+    ]
+    np.testing.assert_allclose(logits[1], logits[0], atol=1e-4)
+    # Whoever donates them may do so: no two are the same array.
+    leaves = jax.tree.leaves(found)
+    assert len({leaf.__array_interface__["data"][0] for leaf in leaves}) == len(leaves)
+
+
+def test_maps_of_odd_sizes():
+    """7x7 becomes 4x4, and 4x4 2x2: shortcuts take every second pixel all the same."""
+    images = jnp.asarray(random_images(4, 7, 7, 1))
+    model = flaxnets.create_model("cifar_resnet8")
+    variables = random_variables(model, images)
+    _, seen = model.apply(variables, images, capture_intermediates=True)
+    seen = seen["intermediates"]
+    residual = np.asarray(seen["stage2_block1"]["bn2"]["__call__"][0]).reshape(4, -1)
+    x = np.asarray(seen["stage1_block1"]["__call__"][0])[:, ::2, ::2].reshape(4, -1)
+    expected = (np.linalg.norm(residual, axis=1) / np.linalg.norm(x, axis=1)).mean()
+    assert residual_ratios(model, variables, images)["stage2_block1"] == pytest.approx(expected)
+    plain = flaxnets.create_model("cifar_plain8")
+    assert len(lesion_errors(plain, variables, images, jnp.zeros(4, jnp.int32))) == 4
+
+
 def test_only_plain_networks_of_a_family_are_made_deeper(images):
     shallow = flaxnets.create_model("cifar_plain14")
     variables = random_variables(shallow, images)
@@ -247,7 +278,7 @@ def test_gradients_are_logged_and_go_back_with_the_run(twins, images, tmp_path):
     scanned = GradientLog(model.clone(scan_blocks=True), images, jnp.asarray(LABELS))
     state.variables = stack_blocks(variables)
     scanned.write(tmp_path, state, {"epoch": 2, "step": 22})
-    rows = read_gradients(tmp_path)
+    rows = read_gradients(tmp_path, layer_names(variables["params"]))
     assert [(row["epoch"], row["step"]) for row in rows] == [(1, 11), (2, 22)]
     norms = gradient_norms(model, variables, images, jnp.asarray(LABELS))
     for row in rows:
@@ -259,8 +290,10 @@ def test_gradients_are_logged_and_go_back_with_the_run(twins, images, tmp_path):
 def test_a_damaged_log_is_named(tmp_path):
     (tmp_path / "gradients.csv").write_text("epoch,step,conv1\n1,11,x\n")
     with pytest.raises(InputError, match=r"gradients\.csv is damaged .*; move it away"):
-        read_gradients(tmp_path)
-    assert read_gradients(tmp_path / "nowhere") == []
+        read_gradients(tmp_path, ["conv1"])
+    with pytest.raises(InputError, match="its columns are not epoch, step and this network's"):
+        read_gradients(tmp_path, ["conv1", "head"])
+    assert read_gradients(tmp_path / "nowhere", ["conv1"]) == []
 
 
 # The command.
@@ -287,7 +320,7 @@ def test_every_diagnostic(diagnostics, two_depths, data_dir, capsys):
         assert (out / entry["figure"]).read_bytes().startswith(b"\x89PNG")
         assert entry["paragraph"] in printed
         assert (out / f"{entry['name']}.json").is_file()
-    assert len(read_gradients(two_depths / "plain-8" / "seed-0")) == 2
+    assert len((two_depths / "plain-8" / "seed-0" / "gradients.csv").read_text().splitlines()) == 3
     built = json.loads((out / "construction.json").read_text())
     assert built["largest_difference_of_logits"] <= 1e-4
     assert built["train_error_constructed"] == built["train_error_shallow"]

@@ -122,6 +122,9 @@ class Recipe:
                 name: tuple(entry) if isinstance(entry, list) else entry
                 for name, entry in value.items()
             }
+            for length in ("steps", "epochs"):
+                if type(fields.get(length)) not in (int, type(None)):
+                    raise TypeError(f"{length} is no number")
             return cls(**fields)
         except (AttributeError, TypeError) as error:
             raise InputError(f"its config has no valid recipe ({error})") from error
