@@ -7,13 +7,16 @@ import re
 import shutil
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
 from test_study import made_run
 
 from flaxnets.console import run_command
+from flaxnets.errors import StorageError
 from flaxnets.study import group_runs
+from flaxnets.training import RunResult
 from tests.studies import assert_same_study
 
 ROOT = Path(__file__).parents[1]
@@ -520,3 +523,22 @@ def count_parameters(depth):
 
     stem, head = 9 * 1 * 16 + 2 * 16, 64 * 10 + 10
     return stem + stage(first, 16, 16) + stage(second, 32, 16) + stage(third, 64, 32) + head
+
+
+def test_a_failure_stops_the_other_networks(degradation, data_dir, tmp_path, monkeypatch, capsys):
+    heard = []
+
+    def train_run(program, seed, directory, on_progress, stop, *args, **kwargs):
+        if "plain" in str(directory):
+            raise StorageError("no space")
+        deadline = time.monotonic() + 20
+        while not stop() and time.monotonic() < deadline:
+            time.sleep(0.01)
+        heard.append(stop())
+        return RunResult("unfinished", [], 0, 0.0, None)
+
+    monkeypatch.setattr(degradation, "train_run", train_run)
+    arguments = ["--depths", "8", "--epochs", "1", "--workers", "2", "--data-dir", str(data_dir)]
+    assert run_command(degradation.main, [*arguments, "--out", str(tmp_path / "out")]) == 1
+    assert "no space" in capsys.readouterr().err
+    assert heard == [True]

@@ -237,7 +237,7 @@ def test_early_stopping_and_a_plateau(command, tmp_path):
     assert "at the lowest validation error" in printed
     rate, lowest = 1e-12, np.inf
     for row in rows:
-        assert float(row["learning_rate"]) == pytest.approx(rate, rel=1e-5)
+        assert float(row["learning_rate"]) == pytest.approx(rate, rel=1e-5, abs=0)
         loss = float(row["validation_loss"])
         rate, lowest = (rate, loss) if loss < lowest - 1e-4 else (rate / 2, lowest)
     assert rate < 1e-12
