@@ -171,11 +171,12 @@ def gradients(
 ) -> Finding | None:
     """At the start, with and without BatchNorm, and at the end."""
     batch = Images(*(array[: args.batch] for array in study.train))
+    initial = {network.name: initial_variables(network) for network in study.networks}
     moments: dict[str, Callable[[Network], tuple[Any, Any]]] = {
-        "at the start": lambda network: (network.model, initial_variables(network)),
+        "at the start": lambda network: (network.model, initial[network.name]),
         "at the start, without BatchNorm": lambda network: (
             without_batch_norm(network.model),
-            {"params": initial_variables(network)["params"]},
+            {"params": initial[network.name]["params"]},
         ),
         "at the end of training": lambda network: (network.model, network.variables),
     }

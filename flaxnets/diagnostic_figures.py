@@ -1,6 +1,5 @@
 """Figures of the diagnostics: lines over layers, blocks or epochs, and loss surfaces."""
 
-import io
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,8 +11,7 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator
 
-from flaxnets.figures import COLOURS
-from flaxnets.files import write_atomic
+from flaxnets.figures import COLOURS, write_figure
 
 
 @dataclass(frozen=True)
@@ -69,7 +67,7 @@ def draw_panels(panels: Sequence[Panel], path: Path, title: str) -> None:
     ]
     columns = min(len(names), 36 * len(panels) // max(map(len, by_label)))
     figure.legend(handles=names, loc="outside lower center", ncols=max(columns, 1), frameon=False)
-    _write(figure, path, title)
+    write_figure(figure, path, title)
 
 
 def draw_surfaces(
@@ -103,11 +101,4 @@ def draw_surfaces(
     assert filled is not None
     bar = figure.colorbar(filled, ax=axes, shrink=0.85, label="loss (logarithmic colours)")
     bar.set_ticks(list(np.log10(levels[::4])), labels=[f"{level:.2g}" for level in levels[::4]])
-    _write(figure, path, title)
-
-
-def _write(figure: Figure, path: Path, title: str) -> None:
-    figure.suptitle(title, fontsize="medium")
-    picture = io.BytesIO()
-    figure.savefig(picture, dpi=160, format=path.suffix.lstrip("."))
-    write_atomic(path, picture.getvalue())
+    write_figure(figure, path, title)

@@ -25,6 +25,14 @@ STYLES: dict[str, dict[str, Any]] = {
 }
 
 
+def write_figure(figure: Figure, path: Path, title: str) -> None:
+    """Write a figure with a title, whole or not at all; the suffix of `path` gives the format."""
+    figure.suptitle(title, fontsize="medium")
+    picture = io.BytesIO()
+    figure.savefig(picture, dpi=160, format=path.suffix.lstrip("."))
+    write_atomic(path, picture.getvalue())
+
+
 def draw_errors(networks: Sequence[Network], path: Path, title: str) -> None:
     """Draw a panel a kind, a colour a depth: training error thin and dashed, test error solid.
 
@@ -60,10 +68,7 @@ def draw_errors(networks: Sequence[Network], path: Path, title: str) -> None:
     axes[0].set_ylim(-0.02 * top, top)
     axes[0].set_xlim(left=0)
     axes[0].set_ylabel("error (%)")
-    figure.suptitle(title, fontsize="medium")
-    picture = io.BytesIO()
-    figure.savefig(picture, dpi=160, format=path.suffix.lstrip("."))
-    write_atomic(path, picture.getvalue())
+    write_figure(figure, path, title)
 
 
 def draw_run(rows: Sequence[Mapping[str, Any]], path: Path, title: str) -> None:
@@ -90,10 +95,7 @@ def draw_run(rows: Sequence[Mapping[str, Any]], path: Path, title: str) -> None:
     ax.grid(color="0.9", linewidth=0.6)
     ax.spines[["top", "right"]].set_visible(False)
     ax.legend(frameon=False)
-    figure.suptitle(title, fontsize="medium")
-    picture = io.BytesIO()
-    figure.savefig(picture, dpi=160, format=path.suffix.lstrip("."))
-    write_atomic(path, picture.getvalue())
+    write_figure(figure, path, title)
 
 
 def _ceiling(network: Network) -> float:
@@ -202,7 +204,4 @@ def draw_benchmark(
         Patch(color=bar_colours[i % len(bar_colours)], label=name) for i, name in enumerate(names)
     ]
     figure.legend(handles=bars, loc="outside lower center", ncols=len(bars), frameon=False)
-    figure.suptitle(title, fontsize="medium")
-    picture = io.BytesIO()
-    figure.savefig(picture, dpi=160, format=path.suffix.lstrip("."))
-    write_atomic(path, picture.getvalue())
+    write_figure(figure, path, title)
