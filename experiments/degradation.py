@@ -68,6 +68,7 @@ from flaxnets.study import (
     check_place,
     check_processes_agree,
     check_study,
+    curves,
     group_runs,
     open_study,
     run_directory,
@@ -177,7 +178,7 @@ def main(arguments: list[str] | None = None) -> int:
         interruption.say_how_to_continue()
         return interruption.exit_status
     console.print(results_table(networks))
-    differences = differences_table(list(curves(networks).values()))
+    differences = differences_table(curves(networks).values())
     if differences is not None:
         console.print(differences)
     console.print(conclusion(networks, updates), soft_wrap=True)
@@ -605,18 +606,6 @@ def conclusion(networks: list[Network], updates: int) -> str:
     elif movement:
         sentences.append("Converged: no training error moved by a point over the last quarter.")
     return " ".join(sentences)
-
-
-def curves(networks: list[Network]) -> dict[str, list[Network]]:
-    """Networks that differ in depth alone. A study of the ImageNet family may mix two-convolution
-    blocks and bottlenecks; those are not one curve."""
-    mixed = len({network.runs[0].config["block"] for network in networks} - {None}) > 1
-    groups: dict[str, list[Network]] = {}
-    for network in networks:
-        block = network.runs[0].config["block"]
-        of_blocks = f" of {block} blocks" if mixed and block else ""
-        groups.setdefault(f"{network.kind} networks{of_blocks}", []).append(network)
-    return groups
 
 
 def count_seeds(networks: list[Network]) -> str:

@@ -1,5 +1,6 @@
 """Whether a difference between two networks is more than one lucky seed."""
 
+from collections.abc import Iterable
 from itertools import pairwise
 
 import numpy as np
@@ -37,3 +38,24 @@ def bootstrap_interval(differences: list[float]) -> tuple[float, float]:
         rng=np.random.default_rng(0),
     )
     return float(result.confidence_interval.low), float(result.confidence_interval.high)
+
+
+def compare_depths(curves: Iterable[list[Network]], metric: str) -> list[tuple[str, list[float]]]:
+    """`plain 18 to 34` and the paired differences, for the depths of each curve that have any."""
+    compared = [
+        (f"{deep.kind} {shallow.depth} to {deep.depth}", paired_differences(shallow, deep, metric))
+        for networks in curves
+        for shallow, deep in depth_pairs(networks)
+    ]
+    return [(name, differences) for name, differences in compared if differences]
+
+
+def describe_differences(differences: list[float]) -> str:
+    """Each of them; from five on their mean and its interval."""
+    if len(differences) < ENOUGH_SEEDS:
+        return ", ".join(f"{difference:+.2f}" for difference in differences)
+    low, high = bootstrap_interval(differences)
+    return (
+        f"{sum(differences) / len(differences):+.2f} in the mean of {len(differences)} seeds, "
+        f"95 % interval {low:+.2f} to {high:+.2f}"
+    )

@@ -212,11 +212,14 @@ function drawErrors(place, runs) {
   function labelEnds(panel) {
     const metric = off.has("test") ? "train" : "test";
     const ends = depths.map((depth) => {
-      const found = panel.lines.filter((line) => line.run.depth === depth && line.metric === metric && line.errors.at(-1) !== null);
+      let found = panel.lines.filter((line) => line.run.depth === depth && line.metric === metric && line.errors.at(-1) !== null);
+      // Of seeds that are not equally far, those that got furthest.
+      const last = Math.max(...found.map((line) => line.run.epoch.at(-1)));
+      found = found.filter((line) => line.run.epoch.at(-1) === last);
       const mean = (values) => values.reduce((a, b) => a + b, 0) / values.length;
       return {
         depth, found,
-        x: Math.max(...found.map((line) => panel.x(line.run.epoch.at(-1)))),
+        x: panel.x(last),
         y: mean(found.map((line) => panel.y(line.errors.at(-1)))),
       };
     }).filter((end) => end.found.length);

@@ -8,29 +8,24 @@ import hashlib
 import json
 import math
 import re
-import shlex
 import stat
 import warnings
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from html import escape
 from pathlib import Path
 from string import Template
 from typing import Any
 
-from flaxnets.config import DATASET_NAME
+from flaxnets.comparison import compare_depths, describe_differences
 from flaxnets.console import duration
 from flaxnets.errors import DamageWarning
 from flaxnets.figures import COLOURS
-from flaxnets.study import Network, Run, group_runs
+from flaxnets.reproduce import DEFINITION, plain, reproduce
+from flaxnets.study import Network, Run, curves, group_runs
 from flaxnets.tables import blocks, network_name
-from flaxnets.training import RECIPES
 
 LARGEST_FILE = 50_000_000  # bytes
-# What all runs of a study have in common; see `experiments/degradation.py`.
-DEFINITION = ("family", "shortcut", "stem", "precision", "dataset", "augmentation", "recipe")
-# A config does not tell whether a run had all training images; of these data sets it is known.
-TRAINING_IMAGES = {"digits": 1_437, "mnist": 60_000, "fashion_mnist": 60_000, "cifar10": 50_000}
 METRICS = (
     ("train error, %", "train_error", 2),
     ("test error, %", "test_error", 2),
@@ -68,7 +63,7 @@ def make_report(
     )
     style = f"{_colours()}\n{style}"
     depths = sorted({run.depth for run in runs})
-    curves = [_curve(run, depths.index(run.depth)) for run in runs if run.result.rows]
+    lines = [_line(run, depths.index(run.depth)) for run in runs if run.result.rows]
     return Template(page).substitute(
         style=style,
         style_hash=_hash(style),
@@ -77,13 +72,13 @@ def make_report(
         title=_text(_title(networks)),
         subtitle=_text(_subtitle(configs)),
         lead=_text(" ".join(summarise(networks))),
-        figure=_figure(curves, picture),
+        figure=_figure(lines, picture),
         tables=_tables(networks),
         diagnostics=_diagnostics(diagnostics),
         command=_command(*reproduce(configs, environments)),
         configuration=_facts({key: configs[0].get(key) for key in DEFINITION} if configs else {}),
         environments="".join(map(_facts, environments or [{}])),
-        data=json.dumps(curves, allow_nan=False).replace("<", "\\u003c"),
+        data=json.dumps(lines, allow_nan=False).replace("<", "\\u003c"),
     )
 
 
@@ -167,97 +162,6 @@ def _readable(run: Run) -> Run:
     return replace(run, result=replace(run.result, rows=rows, step=step, seconds=seconds))
 
 
-# The command that makes the study again.
-
-
-def reproduce(
-    configs: Sequence[dict[str, Any]], environments: Sequence[Any] = ()
-) -> tuple[list[str], list[str]]:
-    """The commands that make runs of these configs, and what to know of them.
-
-    There are several where the runs are no full grid, and none where no command can do it.
-    """
-    if not configs:
-        return [], ["There is no run yet to tell the command from."]
-    study = {key: configs[0].get(key) for key in DEFINITION}
-    if any(config.get(key) != value for config in configs for key, value in study.items()):
-        return [], ["The runs differ in more than the grid, so that no command makes them all."]
-    data: Any = study["dataset"] if isinstance(study["dataset"], dict) else {}
-    recipe: Any = study["recipe"] if isinstance(study["recipe"], dict) else {}
-    name, preset = str(data.get("name", "")), str(recipe.get("name"))
-    if not DATASET_NAME.fullmatch(name) or preset not in RECIPES:
-        return [], ["The command knows no such data set or recipe."]
-
-    options, remarks = _recipe_options(recipe)
-    options |= {
-        "family": (study["family"], "cifar"),
-        "shortcut": (study["shortcut"], "A"),
-        "stem": (study["stem"], "small" if study["family"] == "cifar" else "imagenet"),
-        "dataset": (name, "digits"),
-        "train-examples": (data.get("train_examples"), TRAINING_IMAGES.get(name)),
-        "recipe": (preset, "digits" if name == "digits" else "he2015-cifar"),
-        "precision": (study["precision"], "float32"),
-    }
-    shared = [
-        part
-        for option, (value, default) in options.items()
-        if value != default
-        for part in (f"--{option}", str(value))
-    ]
-    if "xla_gpu_deterministic_ops=true" in str(environments):
-        shared.append("--deterministic")
-    commands = [
-        ["python", "experiments/degradation.py", *grid, *shared] for grid in _grids(configs)
-    ]
-    if not all(re.fullmatch(r"[\w-][\w.+/:,-]*", part) for command in commands for part in command):
-        return [], ["Its configuration holds what no option of the command takes."]
-    if name != "digits":
-        remarks.append("--data-dir DIR has to be added where TFDS has the data in a place apart.")
-    for kind in sorted({config["kind"] for config in configs if ":" in config["kind"]}):
-        remarks.append(f"{kind} is imported from the directory in which it is started, and run.")
-    return [shlex.join(command) for command in commands], remarks
-
-
-def _recipe_options(recipe: dict[str, Any]) -> tuple[dict[str, tuple[Any, Any]], list[str]]:
-    """Option -> value and default, and in words what there is no option for."""
-    preset = json.loads(json.dumps(asdict(RECIPES[recipe["name"]])))
-    differs = {key for key in preset.keys() | recipe.keys() if recipe.get(key) != preset.get(key)}
-    options = {
-        key.replace("_", "-"): (recipe[key], None)
-        for key in ("epochs", "batch_size", "learning_rate")
-        if key in differs and recipe.get(key)
-    }
-    differs -= {option.replace("-", "_") for option in options}
-    if "epochs" in options and recipe.get("steps") is None:
-        differs.discard("steps")  # which a length in epochs replaces
-    remarks = [
-        f"No option sets {_plain(key)}: it was {_plain(recipe.get(key))}, "
-        f"and the recipe has {_plain(preset.get(key))}."
-        for key in sorted(differs)
-    ]
-    return options, remarks
-
-
-def _grids(configs: Iterable[dict[str, Any]]) -> list[list[str]]:
-    """The grids that these runs are, as options: kinds of the same depths and seeds are in one."""
-    seeds: dict[tuple, list] = {}
-    depths: dict[tuple, list] = {}
-    kinds: dict[tuple, list] = {}
-    for config in configs:
-        seeds.setdefault((config["kind"], config["depth"]), []).append(config["seed"])
-    for (kind, depth), numbers in seeds.items():
-        depths.setdefault((kind, tuple(numbers)), []).append(depth)
-    for (kind, numbers), members in depths.items():
-        kinds.setdefault((tuple(members), numbers), []).append(kind)
-    grids = []
-    for (members, numbers), names in kinds.items():
-        grid = ["--depths", ",".join(map(str, members))]
-        grid += ["--kinds", ",".join(names)] if names != ["plain", "residual"] else []
-        grid += ["--seeds", ",".join(map(str, numbers))] if numbers != (0,) else []
-        grids.append(grid)
-    return grids
-
-
 # What was found, in words.
 
 
@@ -265,15 +169,8 @@ def summarise(networks: Sequence[Network]) -> list[str]:
     """Sentences about training error and depth, made from the table."""
     if not networks:
         return ["No run has been begun yet."]
-    # Of the ImageNet family, deep networks have another block; those are not one curve.
-    mixed = len({network.runs[0].config["block"] for network in networks} - {None}) > 1
-    groups: dict[str, list[Network]] = {}
-    for network in networks:
-        block = network.runs[0].config["block"] if mixed else None
-        name = f"{network.kind} networks" + (f" of {block} blocks" if block else "")
-        groups.setdefault(name, []).append(network)
     sentences = []
-    for name, members in groups.items():
+    for name, members in curves(networks).items():
         errors = {n.depth: n.mean("train_error") for n in members}
         errors = {depth: error for depth, error in errors.items() if not math.isnan(error)}
         named = [f"{error:.1f}\u00a0% at depth\u00a0{depth}" for depth, error in errors.items()]
@@ -314,8 +211,8 @@ def _subtitle(configs: Sequence[dict[str, Any]]) -> str:
     if not configs:
         return ""
     data, steps = configs[0].get("dataset"), _total_steps(configs[0])
-    parts = [_plain(data.get("name"))] if isinstance(data, dict) else []
-    parts += [f"{_plain(configs[0].get('family'))} family"]
+    parts = [plain(data.get("name"))] if isinstance(data, dict) else []
+    parts += [f"{plain(configs[0].get('family'))} family"]
     parts += [f"{steps:,} updates"] if steps else []
     seeds = sorted({config["seed"] for config in configs})
     return " · ".join([*parts, f"seed{'s'[: len(seeds) - 1]} {_listed(seeds)}"])
@@ -343,17 +240,6 @@ def _text(value: object) -> str:
     return escape("".join(map(visible, str(value))))
 
 
-def _plain(value: Any) -> str:
-    """A name or a value of a config for people; what is nested in it is not shown."""
-    if isinstance(value, list):
-        return ", ".join(map(_plain, value[:100])) if value else "none"
-    if isinstance(value, dict):
-        return "..."
-    return {None: "none", True: "yes", False: "no", "": "none"}.get(
-        value if value is None or isinstance(value, bool | str) else "other", str(value)
-    )
-
-
 def _facts(values: Any) -> str:
     """A list of names and values, those of an object within it side by side."""
     if not isinstance(values, dict) or not values:
@@ -361,7 +247,7 @@ def _facts(values: Any) -> str:
     lines = []
     for key, value in values.items():
         entries = value.items() if isinstance(value, dict) else [("", value)]
-        parts = (f"<span><i>{_name(k)}</i> {_text(_plain(v))}</span>" for k, v in entries)
+        parts = (f"<span><i>{_name(k)}</i> {_text(plain(v))}</span>" for k, v in entries)
         lines.append(f"<dt>{_name(key)}</dt><dd>{''.join(parts)}</dd>")
     return f"<dl>{''.join(lines)}</dl>"
 
@@ -377,8 +263,8 @@ def _image(picture: bytes, alternative: str) -> str:
     return f'<img alt="{_text(alternative)}" width="{width}" src="data:image/png;base64,{data}">'
 
 
-def _figure(curves: Sequence[Any], picture: bytes | None) -> str:
-    if not curves:
+def _figure(lines: Sequence[Any], picture: bytes | None) -> str:
+    if not lines:
         return "<p>No run has finished an epoch yet, so there is nothing to draw.</p>"
     instead = "<p>The errors are drawn here by JavaScript; the tables have those of the end.</p>"
     if picture is not None:
@@ -386,17 +272,17 @@ def _figure(curves: Sequence[Any], picture: bytes | None) -> str:
     return f'<div id="figure">{instead}</div>'
 
 
-def _curve(run: Run, colour: int) -> dict[str, Any]:
+def _line(run: Run, colour: int) -> dict[str, Any]:
     """A run for the figure: epochs as in `degradation.png`, null for what is no error."""
     rows = run.result.rows
     first = rows[0]["step"] if rows[0]["step"] > 0 else 1.0
-    curve = {"kind": run.kind, "depth": run.depth, "seed": run.seed}
-    curve["colour"] = colour % len(COLOURS)
-    curve["epoch"] = [round(row["step"] / first, 4) if row["step"] > 0 else 0 for row in rows]
+    line = {"kind": run.kind, "depth": run.depth, "seed": run.seed}
+    line["colour"] = colour % len(COLOURS)
+    line["epoch"] = [round(row["step"] / first, 4) if row["step"] > 0 else 0 for row in rows]
     for split in ("train", "test"):
         errors = [row[f"{split}_error"] for row in rows]
-        curve[split] = [round(error, 4) if 0 <= error <= 100 else None for error in errors]
-    return curve
+        line[split] = [round(error, 4) if 0 <= error <= 100 else None for error in errors]
+    return line
 
 
 # A cell is text, or a number as it is shown and as it is sorted.
@@ -433,6 +319,13 @@ def _tables(networks: Sequence[Network]) -> str:
     if len(ends) > len(means):
         caption = "Networks: mean ± standard deviation over finished runs"
         tables.insert(0, _table(caption, [*first, *errors, "time", "runs"], means))
+    differences = [
+        [name, _number(sum(changes) / len(changes), "{:+.2f}"), describe_differences(changes)]
+        for name, changes in compare_depths(curves(networks).values(), "train_error")
+    ]
+    if differences:
+        headings = ["more depth", "training error changes, points", "seed by seed"]
+        tables.append(_table("More depth, paired by seed", headings, differences))
     return "\n".join(tables)
 
 

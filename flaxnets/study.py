@@ -427,6 +427,19 @@ def group_runs(runs: Iterable[Run]) -> list[Network]:
     return [Network(kind, depth, members) for (kind, depth), members in groups.items()]
 
 
+def curves(networks: Iterable[Network]) -> dict[str, list[Network]]:
+    """Networks that differ in depth alone. A study of the ImageNet family may mix two-convolution
+    blocks and bottlenecks; those are not one curve."""
+    networks = list(networks)
+    mixed = len({network.runs[0].config["block"] for network in networks} - {None}) > 1
+    groups: dict[str, list[Network]] = {}
+    for network in networks:
+        block = network.runs[0].config["block"]
+        of_blocks = f" of {block} blocks" if mixed and block else ""
+        groups.setdefault(f"{network.kind} networks{of_blocks}", []).append(network)
+    return groups
+
+
 def write_summary(out: Path, runs: Iterable[Run]) -> None:
     """`summary.csv`: a row a run; numbers are those at the end of the run, empty until then."""
     if not is_primary():

@@ -1,18 +1,13 @@
 """A study's results as a table for the console."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 from rich import box
 from rich.table import Table
 
-from flaxnets.comparison import (
-    ENOUGH_SEEDS,
-    bootstrap_interval,
-    depth_pairs,
-    paired_differences,
-)
+from flaxnets.comparison import compare_depths, describe_differences
 from flaxnets.console import duration
 from flaxnets.study import Network
 
@@ -54,26 +49,14 @@ def results_table(networks: Sequence[Network]) -> Table:
     return table
 
 
-def differences_table(curves: Sequence[list[Network]]) -> Table | None:
+def differences_table(curves: Iterable[list[Network]]) -> Table | None:
     """How training error changes with depth, seed by seed; from five seeds on, the mean and its
     95 % bootstrap interval. A curve is networks that differ in depth. None without two of them."""
     table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
     table.add_column("more depth", no_wrap=True)
     table.add_column("training error changes, paired by seed, points")
-    for networks in curves:
-        for shallow, deep in depth_pairs(networks):
-            differences = paired_differences(shallow, deep, "train_error")
-            if not differences:
-                continue
-            shown = ", ".join(f"{difference:+.2f}" for difference in differences)
-            if len(differences) >= ENOUGH_SEEDS:
-                low, high = bootstrap_interval(differences)
-                mean = sum(differences) / len(differences)
-                shown = (
-                    f"{mean:+.2f} in the mean of {len(differences)} seeds, "
-                    f"95 % interval {low:+.2f} to {high:+.2f}"
-                )
-            table.add_row(f"{deep.kind} {shallow.depth} to {deep.depth}", shown)
+    for name, differences in compare_depths(curves, "train_error"):
+        table.add_row(name, describe_differences(differences))
     return table if table.rows else None
 
 

@@ -21,7 +21,8 @@ from selenium.webdriver.common.by import By
 from flaxnets.console import run_command
 from flaxnets.data import load_dataset
 from flaxnets.errors import DamageWarning
-from flaxnets.report import make_report, read_diagnostics, read_environments, reproduce, summarise
+from flaxnets.report import make_report, read_diagnostics, read_environments, summarise
+from flaxnets.reproduce import reproduce
 from flaxnets.study import Run, group_runs
 from flaxnets.training.loop import METRICS, RunResult
 from tests.conftest import load_script
@@ -434,6 +435,20 @@ def test_tables():
     one = make_report([made_run("plain", 8, 0)])
     assert "Networks:" not in one
     assert len(cells(one, 0)) == 2
+    assert "More depth" not in one
+
+
+def test_depths_are_compared_seed_by_seed():
+    rows = cells(make_report(made_study()), 2)
+    assert rows[0] == ["more depth", "training error changes, points", "seed by seed"]
+    # Of the two plain networks of depth 20 one diverged.
+    assert rows[1:4] == [
+        ["plain 8 to 14", "+0.00", "+0.00, +0.00"],
+        ["plain 14 to 20", "+0.00", "+0.00"],
+        ["plain 8 to 20", "+0.00", "+0.00"],
+    ]
+    risen = [made_run("plain", 8, 0), made_run("plain", 14, 0, (90.0, 22.0))]
+    assert cells(make_report(risen), 1)[1] == ["plain 8 to 14", "+2.50", "+2.50"]
 
 
 # The command that makes a study again.
@@ -682,6 +697,17 @@ def test_the_axes(visit):
 
 
 @needs_browser
+def test_a_depth_is_named_where_its_lines_end(visit):
+    browser = visit(make_report(made_study()))
+    # Of residual-20 one seed is still in its first epoch, with an error of 93 %.
+    panel = panels(browser)["residual"]
+    label = panel.find_element(By.XPATH, ".//*[contains(@class, 'depth') and text()='20']")
+    line = panel.find_elements(By.CSS_SELECTOR, ".line.test")[0].get_attribute("d")
+    end = float(line.split(",")[-1])
+    assert abs(float(label.get_attribute("y")) - end) < 3 * 13  # three labels, one above the other
+
+
+@needs_browser
 @pytest.mark.parametrize(
     "runs",
     [
@@ -778,7 +804,7 @@ def test_it_is_read_without_javascript(visit, browser, study):
     try:
         visit(make_report(made_study(), picture=picture))
         assert count(browser, "#figure img") == 1
-        assert count(browser, "tbody tr") == 27
+        assert count(browser, "tbody tr") == 9 + 18 + 9  # networks, runs, differences
         assert count(browser, "button") == 0
     finally:
         browser.execute_cdp_cmd("Emulation.setScriptExecutionDisabled", {"value": False})
