@@ -223,7 +223,9 @@ def train_study(
     def train_seeds(planned: Planned) -> None:
         configs = [config for other, config in unfinished if other is planned]
         program = None
-        gradients = log_of(planned.model, dataset, batch_size, mesh) if log_gradients else None
+        gradients = (
+            log_of(planned.model, dataset, batch_size, mesh) if log_gradients and configs else None
+        )
         for config in configs:
             if stop():
                 return
