@@ -1,7 +1,11 @@
 """The diagnostics as functions, each against another way to compute it; and the command."""
 
 import json
+import os
 import re
+import shutil
+import signal
+import time
 from types import SimpleNamespace
 
 import jax
@@ -330,6 +334,45 @@ def test_every_diagnostic(diagnostics, two_depths, data_dir, capsys):
     # Those that are there stay; what is trained is not trained again.
     assert run_command(diagnostics.main, [*arguments, "--only", "construction,responses"]) == 0
     assert json.loads((out / "diagnostics.json").read_text()) == entries
+
+
+@pytest.mark.slow
+def test_a_construction_goes_on_where_it_was_stopped(
+    diagnostics, two_depths, data_dir, capsys, tmp_path, monkeypatch
+):
+    def construct(name):
+        if not (tmp_path / name).exists():
+            without = shutil.ignore_patterns("diagnostics")
+            shutil.copytree(two_depths, tmp_path / name, ignore=without)
+        arguments = ["--data-dir", str(data_dir), "--only", "construction", "--images", "64"]
+        return run_command(diagnostics.main, [str(tmp_path / name), *arguments])
+
+    def continued(name):
+        found = json.loads((tmp_path / name / "diagnostics" / "construction.json").read_text())
+        return [{**row, "seconds": None} for row in found["continued"]]
+
+    train, steps = diagnostics.train_run, []
+
+    def signalled(program, seed, directory, on_progress, stop, **more):
+        def on_progress_then_signal(now):
+            on_progress(now)
+            steps.append(now.step)
+            os.kill(os.getpid(), signal.SIGINT)
+            deadline = time.monotonic() + 10
+            while not stop() and time.monotonic() < deadline:
+                time.sleep(0.01)
+
+        return train(program, seed, directory, on_progress_then_signal, stop, **more)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(diagnostics, "train_run", signalled)
+        assert construct("stopped") == 130
+    assert "stopped and saved; continue with" in capsys.readouterr().err
+    assert not (tmp_path / "stopped" / "diagnostics" / "construction.json").exists()
+    assert construct("stopped") == 0
+    assert construct("whole") == 0
+    assert continued("stopped") == continued("whole")
+    assert 0 < steps[0] < continued("whole")[-1]["step"]
 
 
 @pytest.mark.parametrize(
