@@ -205,16 +205,23 @@ def train_study(
     """
     mesh = data_mesh()
     known = {run.key: run for run in runs}
-    unfinished = [
-        (planned, config)
-        for planned in plan
-        for config in planned.configs
-        if run_key(config) not in known or known[run_key(config)].result.status == "unfinished"
-    ]
+    unfinished, finished = [], []
+    for planned in plan:
+        for config in planned.configs:
+            run = known.get(run_key(config))
+            if run is None or run.result.status == "unfinished":
+                unfinished.append((planned, config))
+            else:
+                finished.append(run_directory(out, *run_key(config)))
     examples = len(dataset.train.labels)
     total_steps, batch_size = recipe.total_steps(examples), recipe.batch_size
-    finished = sum(len(planned.configs) for planned in plan) - len(unfinished)
     work = sum(float(planned.cost.work) for planned, _ in unfinished)
+    without = [str(path) for path in finished if not (path / "gradients.csv").exists()]
+    if log_gradients and without:
+        console.print(
+            f"finished before, so that no gradients are logged: {', '.join(without)}",
+            soft_wrap=True,
+        )
     failed, writing = threading.Event(), threading.Lock()
 
     def stop() -> bool:
@@ -269,7 +276,7 @@ def train_study(
             raise
 
     with (
-        StudyProgress(console, finished, len(unfinished), work) as progress,
+        StudyProgress(console, len(finished), len(unfinished), work) as progress,
         ThreadPoolExecutor(workers) as pool,
     ):
         for future in [pool.submit(train, planned) for planned in plan]:

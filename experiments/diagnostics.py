@@ -10,6 +10,7 @@ responses, residuals, construction, landscape, and gradient-log for runs trained
 
 import argparse
 import json
+import math
 import shlex
 import statistics
 import sys
@@ -58,7 +59,7 @@ from flaxnets.models.resnet import ResNet
 from flaxnets.parallel import data_mesh, replicate
 from flaxnets.restore import Restored, restore
 from flaxnets.study import Run, lock_directory, read_runs, run_directory
-from flaxnets.training import Program, Progress, Recipe, TrainState, train_run
+from flaxnets.training import Program, Progress, Recipe, RunResult, TrainState, train_run
 from flaxnets.training.loop import EVAL_BATCH
 from flaxnets.training.steps import init_variables
 
@@ -142,7 +143,8 @@ def main(arguments: list[str] | None = None) -> int:
         out,
     )
     seed = networks[0].run.seed
-    console.print(f"{len(networks)} finished networks of seed {seed}", soft_wrap=True)
+    names = ", ".join(network.name for network in networks)
+    console.print(f"finished networks of seed {seed}: {names}", soft_wrap=True)
     command = shlex.join(["python", *sys.argv]) if arguments is None else "the same command"
     with Interruption(command) as interruption, lock_directory(out):
         for name in args.only or DIAGNOSTICS:
@@ -156,9 +158,13 @@ def main(arguments: list[str] | None = None) -> int:
             if found is None:
                 interruption.say_how_to_continue()
                 return interruption.exit_status
+            found = found._replace(paragraph=f"{found.paragraph} Seed {seed}.")
             write_finding(out, name, found)
             took = duration(time.perf_counter() - start)
             console.print(f"\n{found.title} ({took})\n{found.paragraph}", soft_wrap=True)
+            if interruption.requested():
+                interruption.say_how_to_continue()
+                return interruption.exit_status
     console.print(f"\nfigures and numbers: {out}", soft_wrap=True)
     return 0
 
@@ -194,7 +200,7 @@ def gradients(
             convolutions = list(norms[network.name].values())[:-1]
             clauses.append(f"in {network.name} {flow(convolutions)}")
         start = f"{moment[0].upper()}{moment[1:]}"
-        sentences.append(f"{start}, the norm of the gradient goes {', '.join(clauses)}.")
+        sentences.append(f"{start}, the norm of a kernel's gradient goes {', '.join(clauses)}.")
     draw_panels(panels, figure, f"gradients of the layers' kernels, {describe_data(study)}")
     # With BatchNorm, between the last convolution and the first.
     ends = {
@@ -215,6 +221,7 @@ def gradients(
         sentences.append(
             f"With BatchNorm, on their way to the input, gradients {'; '.join(found)}."
         )
+    sentences.append(f"The loss is that of {len(batch.labels)} training images.")
     return Finding("Do gradients vanish?", " ".join(sentences), numbers)
 
 
@@ -238,7 +245,7 @@ def gradient_log(
             name = names[len(names) // 2 if place is None else place]
             x = [row["epoch"] for row in rows]
             curves.append(replace(curve_of(network, [row[name] for row in rows]), x=x))
-        panels.append(Panel(title, "epoch", "norm of the gradient", curves, log=True))
+        panels.append(Panel(title, "epoch", "norm of the gradient", curves, log=True, markers=True))
     for network, rows in logged.values():
         first = [row["conv1"] for row in rows]
         sentences.append(
@@ -275,7 +282,10 @@ def responses(
     draw_panels(panels, figure, f"layer responses, {describe_data(study)}")
     means = {name: statistics.fmean(v) for name, v in values.items()}
     listed = ", ".join(f"{mean:.2f} in {name}" for name, mean in means.items())
-    sentences = [f"The responses of 3x3 layers have a mean standard deviation of {listed}."]
+    sentences = [
+        f"On {len(study.test.labels)} test images the responses of 3x3 layers have a mean standard "
+        f"deviation of {listed}."
+    ]
     pairs = [
         (means[f"residual-{n.run.depth}"], means[n.name])
         for n in study.of_kind("plain")
@@ -323,9 +333,8 @@ def residuals(
         curve_of(network, [v for k, v in lesions[network.name].items() if k])
         for network in study.networks
     ]
-    panels.append(
-        Panel("without one block", "block taken out", "test error (%)", curves, markers=True)
-    )
+    error = f"error on {len(study.test.labels)} test images (%)"
+    panels.append(Panel("without one block", "block taken out", error, curves, markers=True))
     draw_panels(panels, figure, f"residual functions and lesions, {describe_data(study)}")
     sentences = []
     if ratios:
@@ -334,8 +343,8 @@ def residuals(
     for name, errors in lesions.items():
         others = [error for block, error in errors.items() if block]
         sentences.append(
-            f"Without one of its blocks the test error of {name} is "
-            f"{statistics.median(others):.1f} % in the median and "
+            f"Without one of its blocks the error of {name} on {len(study.test.labels)} test "
+            f"images is {statistics.median(others):.1f} % in the median and "
             f"{max(others):.1f} % at worst, against {errors[None]:.1f} % whole."
         )
     numbers = {
@@ -357,23 +366,26 @@ def construction(
         raise NotPossibleError("it needs plain networks of two-convolution blocks at two depths")
     shallow, deep = plain[0], plain[-1]
     variables = insert_identities(shallow.model, shallow.variables, deep.model, study.train.images)
-    logits = [
-        compute_logits(
-            network.model.clone(dtype=jnp.float32),
-            of,
-            study.dataset.preprocess,
-            study.dataset.train.images,
-            EVAL_BATCH,
-        )
-        for network, of in ((shallow, shallow.variables), (deep, variables))
-    ]
+    # Accelerators round float32 in convolutions unless told not to.
+    with jax.default_matmul_precision("highest"):
+        logits = [
+            compute_logits(
+                network.model.clone(dtype=jnp.float32),
+                of,
+                study.dataset.preprocess,
+                study.dataset.train.images,
+                EVAL_BATCH,
+            )
+            for network, of in ((shallow, shallow.variables), (deep, variables))
+        ]
     difference = float(np.abs(logits[0] - logits[1]).max())
     labels = study.dataset.train.labels
     errors = [100 * float((found.argmax(1) != labels).mean()) for found in logits]
 
-    rows = continue_training(study, args, shallow, deep, variables, interruption)
-    if rows is None:
+    continued = continue_training(study, args, shallow, deep, variables, interruption)
+    if continued.status == "unfinished":
         return None
+    rows = continued.rows
     built = f"{deep.name} from {shallow.name} and identities"
     start = {"step": 0, "train_error": errors[1]}
     curves = [
@@ -388,21 +400,31 @@ def construction(
     )
     scratch = deep.run.result.final("train_error")
     inserted = sum(deep.model.stage_sizes) - sum(shallow.model.stage_sizes)
-    same = "the same function" if difference <= 1e-4 else "nearly the same function"
+    if difference <= 1e-4:
+        computes = "computes the same function"
+    elif abs(errors[1] - errors[0]) < 1:
+        computes = "computes nearly the same function"
+    else:
+        computes = "does not compute the same function"
+    if scratch >= errors[1] + 1:
+        compared = ": a better solution exists, and this training has not found it"
+    elif scratch <= errors[1] - 1:
+        compared = ", which is better than that"
+    else:
+        compared = ", within a point of that"
     sentences = [
         f"{deep.name} made of the trained {shallow.name} and {inserted} blocks that are identities "
-        f"computes {same}: its logits on all {len(labels):,} training images differ by at most "
+        f"{computes}: its logits on all {len(labels):,} training images differ by at most "
         f"{difference:.1e}, and its training error is {errors[1]:.2f} %, that of "
         f"{shallow.name} {errors[0]:.2f} %.",
-        f"Training from scratch ended at {scratch:.2f} %"
+        f"Training from scratch ended at {scratch:.2f} %{compared}.",
+        f"Trained on from the construction for {continued.step:,} updates ({shallow.name} had "
+        f"had {shallow.run.result.step:,}), it "
         + (
-            ": a better solution exists, and this training has not found it."
-            if scratch >= errors[1] + 1
-            else ", less than a point above it, so that here training finds one about as good."
+            "diverges."
+            if continued.status == "diverged"
+            else f"is at {continued.final('train_error'):.2f} % training error."
         ),
-        f"Trained on from the construction for {rows[-1]['step']:,} updates ({shallow.name} had "
-        f"had {shallow.run.result.step:,}), it is at "
-        f"{rows[-1]['train_error']:.2f} % training error.",
     ]
     numbers = {
         "shallow": shallow.name,
@@ -411,13 +433,14 @@ def construction(
         "train_error_shallow": errors[0],
         "train_error_constructed": errors[1],
         "train_error_from_scratch": scratch,
-        "continued": rows,
+        "status": continued.status,
+        "continued": [{k: v if math.isfinite(v) else None for k, v in row.items()} for row in rows],
     }
     return Finding("The solution exists", " ".join(sentences), numbers)
 
 
 def history(label: str, depth: int, rows: list[dict[str, Any]], dashed: bool = False) -> Curve:
-    per_epoch = next(row["step"] for row in rows if row["step"])
+    per_epoch = next((row["step"] for row in rows if row["step"]), 1)
     epochs = [row["step"] / per_epoch for row in rows]
     return Curve(label, depth, epochs, [row["train_error"] for row in rows], dashed)
 
@@ -429,9 +452,8 @@ def continue_training(
     deep: Network,
     variables: dict[str, Any],
     interruption: Interruption,
-) -> list[dict[str, Any]] | None:
-    """Train a constructed network with the study's recipe, in a run directory of its own; its rows
-    of `metrics.csv`, or None if it was interrupted."""
+) -> RunResult:
+    """Train a constructed network with the study's recipe, in a run directory of its own."""
     recipe = Recipe.from_config(deep.run.config.get("recipe"))
     examples = len(study.dataset.train.labels)
     check_batch_size(recipe.batch_size, examples)
@@ -439,7 +461,8 @@ def continue_training(
     epochs = args.epochs or max(1, min(of_study, CONTINUED_EPOCHS))
     recipe = replace(recipe, epochs=epochs, steps=None)
     mesh = data_mesh()
-    program = Program.create(deep.model, deep.run.depth, recipe, study.dataset, mesh)
+    model: Any = deep.restored.model
+    program = Program.create(model, deep.run.depth, recipe, study.dataset, mesh)
     name, seed = f"{deep.name}-from-{shallow.name}", deep.run.seed
     config = {
         **deep.run.config,
@@ -476,7 +499,7 @@ def continue_training(
         )
         interruption.unsaved.discard(name)
         run.end(f"{name}: {result.status} after {result.step} updates")
-    return None if result.status == "unfinished" else result.rows
+    return result
 
 
 def landscape(
@@ -502,8 +525,8 @@ def landscape(
         sentences.append(
             f"At {name} the loss is {centre:.3g}; on the rim of the square it is "
             f"{np.median(rim):.3g} in the median, from {rim.min():.3g} to {rim.max():.3g}, and "
-            f"{lower or 'none'} of the other {surface.size - 1} points is lower than the network "
-            "itself."
+            f"{lower or 'none'} of the other {surface.size - 1} points "
+            f"{'is' if lower < 2 else 'are'} lower than the network itself."
         )
     sentences.append(
         "Both squares reach as far as the kernels are long, filter by filter; the loss is that of "
@@ -580,7 +603,8 @@ def read_networks(path: Path, seed: int | None) -> list[Network]:
     ]
     seeds = sorted({run.seed for run in runs})
     if seed is None and seeds:
-        seed = seeds[0]
+        finished = [run.seed for run in runs]
+        seed = max(seeds, key=finished.count)  # the lowest of those with most networks
     chosen = [run for run in runs if run.seed == seed]
     if not chosen:
         if not seeds:
@@ -637,7 +661,7 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
     add = parser.add_argument
     add("study", type=Path, metavar="STUDY_DIR", help="of experiments/degradation.py")
     add("--only", type=words, help="some of them, such as gradients,landscape")
-    add("--seed", type=int, help="of the runs to look at (default: the lowest)")
+    add("--seed", type=int, help="of the runs to look at (default: the lowest with most runs)")
     add("--images", type=positive(int), default=512, help="of each split (default: %(default)s)")
     add(
         "--batch",

@@ -329,6 +329,15 @@ def test_a_damaged_study_is_still_that_study(study, damaged_study, command):
     assert "recipe.learning_rate is 0.01 there and 0.05 here" in err
 
 
+def test_gradients_of_finished_runs_are_not_logged(study, command, tmp_path):
+    out = shutil.copytree(study.out, tmp_path / "out")
+    (out / "plain-8" / "seed-0" / "gradients.csv").touch()
+    status, printed, _ = command(*study.arguments[:-1], str(out), "--log-gradients")
+    assert status == 0
+    line = "finished before, so that no gradients are logged: "
+    assert f"{line}{out / 'residual-8' / 'seed-0'}\n" in printed
+
+
 def test_a_finished_run_with_a_damaged_checkpoint(study, command, tmp_path):
     """Trained again from the checkpoint before, to the same numbers."""
     out = shutil.copytree(study.out, tmp_path / "out")
