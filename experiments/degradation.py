@@ -570,15 +570,15 @@ def print_plan(console: Console, plan: list[Planned], dataset: Dataset, recipe: 
 def conclusion(networks: list[Network], updates: int) -> str:
     """What the numbers show about training error and depth, in sentences made from them."""
     clauses = []
-    rises: dict[str, list[bool]] = {"plain": [], "residual": []}
+    rises: dict[str, list[float]] = {"plain": [], "residual": []}  # in points, by curve
     for curve, members in curves(networks).items():
         done = [network for network in members if network.finished]
         errors = [network.mean("train_error") for network in done]
         listed = ", ".join(f"{e:.1f} % at {n.depth}" for n, e in zip(done, errors, strict=True))
-        rising = errors[-1] - errors[0] >= 1 if errors else False
+        rise = errors[-1] - errors[0] if errors else 0.0
         if len(done) < 2:
             verdict = "is known at too few depths to compare"
-        elif not rising:
+        elif rise < 1:
             verdict = "does not rise with depth"
         elif errors == sorted(errors):
             verdict = "rises with depth"
@@ -586,15 +586,20 @@ def conclusion(networks: list[Network], updates: int) -> str:
             verdict = "is higher at the greatest depth than at the least, though not in order"
         clauses.append(f"that of {curve} {verdict} ({listed or 'none finished'})")
         if len(done) > 1:
-            rises.setdefault(members[0].kind, []).append(rising)
+            rises.setdefault(members[0].kind, []).append(rise)
     finding = ""
-    if rises["plain"] and not any(rises["plain"]):
+    if rises["plain"] and max(rises["plain"]) < 1:
         finding = ": no degradation in these numbers"
-    elif rises["plain"] and all(rises["plain"]):
+    elif rises["plain"] and min(rises["plain"]) >= 1:
         finding = ": the degradation problem"
-        if rises["residual"]:
-            cured = not any(rises["residual"])
-            finding += ", and residual learning curing it" if cured else ", in both kinds"
+        if rises["residual"] and max(rises["residual"]) < 1:
+            finding += ", and residual learning curing it"
+        elif rises["residual"]:
+            points = {kind: max(rises[kind]) for kind in ("plain", "residual")}
+            finding += (
+                f", in both kinds, by {points['plain']:.1f} points in plain networks and by "
+                f"{points['residual']:.1f} in residual ones"
+            )
     clauses[0] = clauses[0].replace("that", "the training error", 1)
     sentences = [
         f"After {updates:,} updates from {count_seeds(networks)}, {', '.join(clauses)}{finding}."
