@@ -216,12 +216,11 @@ def train_study(
     examples = len(dataset.train.labels)
     total_steps, batch_size = recipe.total_steps(examples), recipe.batch_size
     work = sum(float(planned.cost.work) for planned, _ in unfinished)
-    without = [str(path) for path in finished if not (path / "gradients.csv").exists()]
-    if log_gradients and without:
-        console.print(
-            f"finished before, so that no gradients are logged: {', '.join(without)}",
-            soft_wrap=True,
-        )
+    if log_gradients:
+        without = [str(path) for path in finished if not (path / "gradients.csv").exists()]
+        if without:
+            line = f"finished before, so that no gradients are logged: {', '.join(without)}"
+            console.print(line, soft_wrap=True)
     failed, writing = threading.Event(), threading.Lock()
 
     def stop() -> bool:

@@ -31,7 +31,7 @@ def depth_pairs(networks: list[Network]) -> list[tuple[Network, Network]]:
 def bootstrap_interval(differences: list[float]) -> tuple[float, float]:
     """95 % interval of the mean: percentiles over 10,000 resamples, the same each time.
 
-    Of as few as five seeds it is too narrow: there it covers about 85 % (of normal differences).
+    Of as few as five seeds it is too narrow: there it covers about 84 % (of normal differences).
     """
     result = stats.bootstrap(
         (np.asarray(differences),),

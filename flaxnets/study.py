@@ -18,7 +18,7 @@ import socket
 import stat
 import statistics
 import warnings
-from collections.abc import Container, Iterable, Iterator
+from collections.abc import Container, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from importlib.metadata import version
@@ -427,10 +427,9 @@ def group_runs(runs: Iterable[Run]) -> list[Network]:
     return [Network(kind, depth, members) for (kind, depth), members in groups.items()]
 
 
-def curves(networks: Iterable[Network]) -> dict[str, list[Network]]:
+def curves(networks: Sequence[Network]) -> dict[str, list[Network]]:
     """Networks that differ in depth alone. A study of the ImageNet family may mix two-convolution
     blocks and bottlenecks; those are not one curve."""
-    networks = list(networks)
     mixed = len({network.runs[0].config["block"] for network in networks} - {None}) > 1
     groups: dict[str, list[Network]] = {}
     for network in networks:

@@ -51,6 +51,13 @@ def test_an_interval_of_the_mean():
     assert bootstrap_interval([0.0] * 5) == (0.0, 0.0)
 
 
+def test_how_often_an_interval_of_five_seeds_holds_the_mean():
+    """What the docstring and the README say of it."""
+    rng = np.random.default_rng(0)
+    intervals = [bootstrap_interval(list(rng.normal(size=5))) for _ in range(500)]
+    assert np.mean([low <= 0 <= high for low, high in intervals]) == pytest.approx(0.84, abs=0.04)
+
+
 def test_few_seeds_are_shown_one_by_one_and_many_as_an_interval():
     few = printed([networks({8: [1.0, 2.0], 14: [4.0, 1.5]})])
     assert "plain 8 to 14" in few
