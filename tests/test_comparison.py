@@ -49,6 +49,8 @@ def test_an_interval_of_the_mean():
     assert high == pytest.approx(mean + 1.96 * error, abs=0.03)
     assert bootstrap_interval(differences) == (low, high)
     assert bootstrap_interval([0.0] * 5) == (0.0, 0.0)
+    low, high = bootstrap_interval([0.0, 0.0, 0.0, 0.0, 5.0])
+    assert 0.0 == low < high <= 5.0  # no mean of resamples lies beyond them
 
 
 def test_how_often_an_interval_of_five_seeds_holds_the_mean():
@@ -68,3 +70,4 @@ def test_few_seeds_are_shown_one_by_one_and_many_as_an_interval():
 
 def test_one_depth_is_not_compared():
     assert differences_table([networks({8: [1.0, 2.0]})]) is None
+    assert differences_table([networks({8: [1.0], 14: [2.0]}, "diverged")]) is None
