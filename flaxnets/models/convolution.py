@@ -11,30 +11,31 @@ at batch 128 on two cores of an AMD EPYC with AVX-512, in milliseconds (XLA, her
     8x8     64         5.8   2.7   2.3    5.7   2.8   2.4     8.5   3.0   2.5
 
 The custom call is not a documented interface: it is used with versions of jaxlib that the tests
-have passed with, and where it is known to be safe. Everything else, and every other platform, gets
-`lax.conv_general_dilated` itself.
+have passed with, where it is known to be safe, and once it has passed a check on this machine (with
+SSE4.1 alone it hangs). Everything else, and every other platform, gets `lax.conv_general_dilated`
+itself, and so does everything with `FLAXNETS_CONV=xla` in the environment.
 """
 
 import json
-import platform
-import sys
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-import jaxlib.version
+import numpy as np
 from jax import lax
 from jax.core import ShapedArray
 from jax.extend.core import Primitive
 from jax.interpreters import ad, batching, mlir
 
+from flaxnets.models.onednn import has_onednn, passes_check
+
 DIMENSIONS = ("NHWC", "HWIO", "NHWC")
-# A jaxlib in which the call has changed would end the process.
-TESTED_JAXLIB = ((0, 10, 2), (0, 13, 0))
 # Kernel gradients of larger inputs go through the caches in parts of so many images.
 LARGE, PART = 2**20, 16
+# Images, size, channels in and out, and stride of the convolutions that `check_onednn` tries.
+CHECKED_SHAPES = ((128, 32, 1, 16, 1), (128, 32, 16, 16, 1), (32, 8, 16, 32, 2))
 
 
 def conv_general_dilated(x: jax.Array, kernel: jax.Array, strides: Any, padding: Any, **kw: Any):
@@ -54,21 +55,27 @@ def conv_general_dilated(x: jax.Array, kernel: jax.Array, strides: Any, padding:
     return conv_p.bind(x, kernel, strides=tuple(strides), padding=((top, bottom), (left, right)))
 
 
-def has_onednn() -> bool:
-    """Whether oneDNN is there and can be used.
+def check_onednn() -> None:
+    """Compare oneDNN with XLA, several times: where it hangs, it does not do so each time.
 
-    Not over several devices: the partitioner of XLA cannot split a custom call. Not with the
-    persistent compilation cache: storing a program that has one in it fails.
+    Raises:
+      AssertionError: they differ.
     """
-    first, beyond = TESTED_JAXLIB
-    config: Any = jax.config
-    return (
-        (sys.platform, platform.machine()) == ("linux", "x86_64")
-        and first <= jaxlib.version.__version_info__ < beyond
-        and jax.default_backend() == "cpu"
-        and jax.device_count() == 1
-        and not (config.jax_enable_compilation_cache and config.jax_compilation_cache_dir)
-    )
+    rng = np.random.default_rng(0)
+    for count, size, channels, filters, stride in CHECKED_SHAPES:
+        settings = {"strides": (stride, stride), "padding": ((1, 1), (1, 1))}
+        x = rng.standard_normal((count, size, size, channels), np.float32)
+        kernel = rng.standard_normal((3, 3, channels, filters), np.float32)
+
+        def run(conv: Callable, gradient: Callable, x: Any, kernel: Any, settings: Any = settings):
+            y = conv(x, kernel, **settings)
+            return y, gradient(x, y, size=(3, 3), **settings)
+
+        ours = jax.jit(partial(run, onednn_conv, onednn_kernel_gradient))
+        theirs = jax.jit(partial(run, ordinary_conv, ordinary_kernel_gradient))(x, kernel)
+        for _ in range(10):
+            for a, b in zip(ours(x, kernel), theirs, strict=True):
+                np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-4 * np.abs(b).max())
 
 
 def ordinary_conv(x: jax.Array, kernel: jax.Array, *, strides: Any, padding: Any) -> jax.Array:
@@ -208,14 +215,24 @@ def _primitive(
     def batch(operands: Any, axes: Any, **kw: Any):
         return jax.vmap(partial(ordinary, **kw), axes)(*operands), 0
 
+    compiled = jax.jit(primitive.bind, static_argnames=("strides", "padding", "size"))
+
+    def compute(*operands: Any, **kw: Any):
+        with jax.disable_jit(False):  # without `jit` it would call itself for ever
+            return compiled(*operands, **kw)
+
+    def lower_on_cpu(context: mlir.LoweringRuleContext, *operands: Any, **kw: Any):
+        # An exported program is for other machines too, and may have no such custom call in it.
+        exported = context.module_context.lowering_parameters.for_export
+        function = ordinary if exported or not passes_check() else onednn
+        return mlir.lower_fun(function, multiple_results=False)(context, *operands, **kw)
+
     primitive.def_abstract_eval(lambda x, y, **kw: ShapedArray(shape(x, y, **kw), x.dtype))
-    primitive.def_impl(jax.jit(primitive.bind, static_argnames=("strides", "padding", "size")))
+    primitive.def_impl(compute)
     ad.defbilinear(primitive, *gradients)
     batching.primitive_batchers[primitive] = batch
     mlir.register_lowering(primitive, mlir.lower_fun(ordinary, multiple_results=False))
-    mlir.register_lowering(
-        primitive, mlir.lower_fun(onednn, multiple_results=False), platform="cpu"
-    )
+    mlir.register_lowering(primitive, lower_on_cpu, platform="cpu")
     return primitive
 
 

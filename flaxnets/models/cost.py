@@ -76,6 +76,36 @@ def count_cost(model: nn.Module, image_shape: tuple[int, ...], num_classes: int)
     return Cost(parameters, sum(layer.cost.multiply_adds for layer in layers))
 
 
+def count_depth(model: nn.Module, image_shape: tuple[int, ...]) -> int:
+    """The number of weighted layers (convolutions and dense layers) on the longest path of `model`
+    from images `(height, width, channels)` to its output.
+
+    It is what networks are named by: 20 of `cifar_resnet20`, 8 of AlexNet. Of `ynet`, whose two
+    branches of three layers are side by side, it is 4.
+    """
+    images = jax.ShapeDtypeStruct((1, *image_shape), jnp.float32)
+    variables = jax.eval_shape(
+        lambda images: model.init(jax.random.key(0), images, train=False), images
+    )
+    apply = jax.make_jaxpr(lambda *args: model.apply(*args, train=False))
+    return _longest_path(apply(variables, images).jaxpr)
+
+
+def _longest_path(jaxpr: Any) -> int:
+    """Convolutions and dense layers that the value which has passed most of them has passed."""
+    passed: dict[Any, int] = {}
+    for equation in jaxpr.eqns:
+        # Constants in the program have passed none, and cannot be keys.
+        before = [passed.get(v, 0) for v in equation.invars if not hasattr(v, "val")]
+        weighted = equation.primitive.name in ("conv", "conv_general_dilated", "dot_general")
+        parts = jax.tree.leaves(equation.params, is_leaf=lambda part: hasattr(part, "eqns"))
+        inside = [_longest_path(part) for part in parts if hasattr(part, "eqns")]
+        times = equation.params.get("length", 1)  # of a scan
+        for output in equation.outvars:
+            passed[output] = max(before, default=0) + weighted + times * max(inside, default=0)
+    return max(passed.values(), default=0)
+
+
 def _trace(model: nn.Module, image_shape: tuple[int, ...]):
     """The layers, and shapes of the output and of the variables."""
     layers: list[LayerCost] = []

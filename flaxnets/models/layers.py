@@ -2,7 +2,6 @@
 
 import math
 from collections.abc import Callable, Sequence
-from functools import partial
 from typing import Any
 
 import flax.linen as nn
@@ -28,10 +27,20 @@ def he_normal_fan_out(key: jax.Array, shape: Sequence[int], dtype: Any = jnp.flo
     return (math.sqrt(2 / fan_out) * flat).reshape(shape)
 
 
-# torch's default for convolutions and dense layers.
-uniform_fan_in = nn.initializers.variance_scaling(1 / 3, "fan_in", "uniform")
+def uniform_fan_in(key: jax.Array, shape: Sequence[int], dtype: Any = jnp.float32) -> jax.Array:
+    """Uniform of variance 1 / (3 fan-in), torch's default for convolutions and dense layers."""
+    # What `variance_scaling` returns could not be pickled.
+    return nn.initializers.variance_scaling(1 / 3, "fan_in", "uniform")(key, shape, dtype)
 
-dense = partial(nn.Dense, kernel_init=uniform_fan_in)
+
+# Layers are functions: a pickled and restored one is equal to itself, which a `partial` is not.
+
+
+def dense(
+    features: int, *, kernel_init: nn.initializers.Initializer = uniform_fan_in, **kwargs: Any
+) -> nn.Dense:
+    """A dense layer with torch's default kernels."""
+    return nn.Dense(features, kernel_init=kernel_init, **kwargs)
 
 
 def conv(

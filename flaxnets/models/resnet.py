@@ -336,10 +336,26 @@ def imagenet_resnet(depth: int, num_classes: int | None = 1000, **overrides: Any
     return ResNet(**settings | overrides)
 
 
-# Keras's defaults: momentum 0.99, epsilon 1e-3; "SAME" pads after more than before at stride 2.
-keras_conv = partial(conv, padding="SAME", use_bias=True, kernel_init=nn.initializers.he_normal())
-keras_batch_norm = partial(batch_norm, momentum=0.99, epsilon=1e-3)
-keras_dense = partial(nn.Dense, kernel_init=nn.initializers.he_normal())
+def keras_kernel(key: jax.Array, shape: Sequence[int], dtype: Any = jnp.float32) -> jax.Array:
+    """Keras's `he_normal`: truncated normal of variance 2 / fan-in."""
+    return nn.initializers.he_normal()(key, shape, dtype)
+
+
+def keras_conv(filters: int, size: int, stride: int = 1, **kwargs: Any) -> nn.Conv:
+    """As `conv`, with bias and Keras's kernels; "SAME" pads after more than before at stride 2."""
+    return conv(
+        filters, size, stride, padding="SAME", use_bias=True, kernel_init=keras_kernel, **kwargs
+    )
+
+
+def keras_batch_norm(**kwargs: Any) -> nn.BatchNorm:
+    """BatchNorm with Keras's default constants."""
+    return batch_norm(momentum=0.99, epsilon=1e-3, **kwargs)
+
+
+def keras_dense(features: int, **kwargs: Any) -> nn.Dense:
+    """A dense layer with Keras's kernels."""
+    return dense(features, kernel_init=keras_kernel, **kwargs)
 
 
 def keras_resnet(depth: int, num_classes: int | None = 10, **overrides: Any) -> ResNet:

@@ -8,14 +8,16 @@ import pytest
 from jax import lax
 from jax.experimental.compilation_cache import compilation_cache
 
-from flaxnets.models import convolution
+from flaxnets.errors import FallbackWarning, InputError
+from flaxnets.models import convolution, onednn
 from flaxnets.models.convolution import (
     conv_general_dilated,
     conv_p,
-    has_onednn,
     onednn_conv,
     ordinary_conv,
 )
+from flaxnets.models.onednn import has_onednn, passes_check
+from tests.studies import COMMAND, finish
 
 
 @contextmanager
@@ -160,11 +162,11 @@ def test_used_where_it_is_known_to_work():
 @needs_onednn
 def test_not_used_where_it_would_fail(monkeypatch, tmp_path):
     for where, name, value in (
-        (convolution.sys, "platform", "darwin"),
-        (convolution.platform, "machine", lambda: "aarch64"),
-        (convolution.jaxlib.version, "__version_info__", convolution.TESTED_JAXLIB[1]),
-        (convolution.jax, "default_backend", lambda: "gpu"),
-        (convolution.jax, "device_count", lambda: 8),
+        (onednn.sys, "platform", "darwin"),
+        (onednn.platform, "machine", lambda: "aarch64"),
+        (onednn.jaxlib.version, "__version_info__", onednn.TESTED_JAXLIB[1]),
+        (onednn.jax, "default_backend", lambda: "gpu"),
+        (onednn.jax, "device_count", lambda: 8),
     ):
         with monkeypatch.context() as patch:
             patch.setattr(where, name, value)
@@ -175,3 +177,98 @@ def test_not_used_where_it_would_fail(monkeypatch, tmp_path):
     finally:
         jax.config.update("jax_compilation_cache_dir", None)
     assert has_onednn()
+
+
+@needs_onednn
+def test_switched_off_by_the_environment(monkeypatch):
+    monkeypatch.setenv("FLAXNETS_CONV", "xla")
+    assert not has_onednn()
+    monkeypatch.setenv("FLAXNETS_CONV", "mkl")
+    with pytest.raises(InputError, match=r"FLAXNETS_CONV is xla, .* not 'mkl'"):
+        has_onednn()
+    monkeypatch.setenv("FLAXNETS_CONV", "")
+    assert has_onednn()
+
+
+@needs_onednn
+def test_without_jit():
+    x, kernel, settings = operands(SHAPES[1])
+    conv = partial(conv_p.bind, **settings)
+    with jax.disable_jit():
+        for ours, theirs in zip(
+            value_and_gradients(conv, x, kernel),
+            value_and_gradients(partial(ordinary_conv, **settings), x, kernel),
+            strict=True,
+        ):
+            np.testing.assert_allclose(ours, theirs, rtol=1e-4, atol=1e-4 * np.abs(theirs).max())
+
+
+@needs_onednn
+def test_an_exported_program_has_no_custom_call():
+    x, kernel, settings = operands(SHAPES[0])
+    conv = partial(conv_p.bind, **settings)
+    exported = jax.export.export(jax.jit(conv))(x, kernel)
+    assert "onednn" not in exported.mlir_module()
+    np.testing.assert_allclose(exported.call(x, kernel), conv(x, kernel), rtol=1e-4, atol=1e-4)
+
+
+@pytest.fixture
+def fresh_verdict(monkeypatch, tmp_path):
+    """No check has been made yet; the verdicts that are written."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    onednn._passes_check.cache_clear()
+    yield tmp_path / "flaxnets"
+    monkeypatch.undo()
+    onednn._passes_check.cache_clear()
+
+
+@pytest.mark.parametrize(
+    "check",
+    ["import time; time.sleep(60)", "raise AssertionError", "import os; os.kill(os.getpid(), 4)"],
+    ids=["hangs", "is wrong", "dies"],
+)
+def test_what_fails_the_check_is_not_used(fresh_verdict, monkeypatch, check):
+    monkeypatch.setattr(onednn, "CHECK", check)
+    monkeypatch.setattr(onednn, "CHECK_LIMIT", 1)
+    x, kernel, settings = operands(SHAPES[0])
+    with pytest.warns(FallbackWarning, match="oneDNN's convolutions do not work on this machine"):
+        lowered = jax.jit(partial(conv_p.bind, **settings)).lower(x, kernel)
+    assert "onednn" not in lowered.as_text()
+    (verdict,) = fresh_verdict.iterdir()
+    assert verdict.read_text() == "fails"
+    # The next process does not check again, and says so again.
+    onednn._passes_check.cache_clear()
+    monkeypatch.setattr(onednn, "_run_check", lambda: pytest.fail("it was checked again"))
+    with pytest.warns(FallbackWarning, match=f"delete {verdict}"):
+        assert not passes_check()
+
+
+@needs_onednn
+def test_it_passes_the_check_here(fresh_verdict, monkeypatch):
+    assert passes_check()
+    (verdict,) = fresh_verdict.iterdir()
+    assert verdict.read_text() == "works"
+    # Another setting of oneDNN is another question.
+    monkeypatch.setenv("ONEDNN_MAX_CPU_ISA", "AVX2")
+    assert onednn._verdict_path() != verdict
+
+
+def test_the_check_sees_wrong_numbers(monkeypatch):
+    monkeypatch.setattr(convolution, "CHECKED_SHAPES", ((2, 4, 3, 4, 1),))
+    monkeypatch.setattr(convolution, "onednn_kernel_gradient", lambda *a, **k: 1.01)
+    monkeypatch.setattr(convolution, "ordinary_kernel_gradient", lambda *a, **k: 1.0)
+    monkeypatch.setattr(convolution, "onednn_conv", ordinary_conv)
+    with pytest.raises(AssertionError, match="Not equal"):
+        convolution.check_onednn()
+
+
+@pytest.mark.slow
+@needs_onednn
+def test_an_old_processor_does_not_hang_training(data_dir, tmp_path):
+    """With SSE4.1 alone oneDNN's convolutions wait for ever on some machines."""
+    arguments = ["--depths", "8", "--kinds", "plain", "--epochs", "2", "--data-dir", data_dir]
+    environment = {"ONEDNN_MAX_CPU_ISA": "SSE41", "JAX_ENABLE_COMPILATION_CACHE": "false"}
+    environment["XDG_CACHE_HOME"] = str(tmp_path / "cache")
+    status, _, err = finish(*COMMAND, *arguments, "--out", tmp_path / "out", **environment)
+    assert status == 0, err
+    assert not err or err.startswith("warning: oneDNN's convolutions do not work on this machine")

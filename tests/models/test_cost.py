@@ -1,7 +1,8 @@
 import flax.linen as nn
 import pytest
 
-from flaxnets.models.cost import Cost, count_cost, list_layers
+from flaxnets.models import create_model, published_image_shape
+from flaxnets.models.cost import Cost, count_cost, count_depth, list_layers
 
 
 class Positions(nn.Module):
@@ -35,3 +36,32 @@ def test_networks_of_ones_own_are_counted():
 def test_an_output_that_is_no_logits_is_refused():
     with pytest.raises(ValueError, match=r"gives \(1, 5\), not logits \(1, 7\)"):
         count_cost(OnesOwn(), (8, 8, 4), 7)
+
+
+@pytest.mark.parametrize(
+    ("name", "depth"),
+    [
+        ("alexnet2012", 8),
+        ("alexnet", 8),
+        ("vgg11_lrn", 11),
+        ("vgg16_1x1", 16),
+        ("vgg_residual", 11),
+        ("cnn", 4),
+        ("ynet", 4),
+        ("resnet18", 18),
+        ("resnet50v2", 50),
+        ("plain34", 34),
+        ("cifar_resnet20", 20),
+        ("cifar_plain56", 56),
+        ("keras_resnet20v1", 20),
+        ("keras_resnet20v2", 20),
+    ],
+)
+def test_depth_is_the_weighted_layers_on_the_longest_path(name, depth):
+    assert count_depth(create_model(name), published_image_shape(name)) == depth
+
+
+@pytest.mark.parametrize("how", ["remat", "scan_blocks"])
+def test_depth_is_the_same_however_a_network_is_run(how):
+    model = create_model("cifar_resnet20", shortcut="C", **{how: True})
+    assert count_depth(model, (32, 32, 3)) == 20

@@ -1,5 +1,7 @@
 """What holds for every network: size, features, stages, types, gradients, names."""
 
+import pickle
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -389,3 +391,9 @@ def test_ynet_takes_equal_pairs():
 def test_unknown_names(name, message):
     with pytest.raises(flaxnets.InputError, match=message.replace("?", r"\?").replace("+", r"\+")):
         flaxnets.create_model(name)
+
+
+@pytest.mark.parametrize("name", [name for name in flaxnets.list_models() if "<" not in name])
+def test_networks_can_be_sent_to_other_processes(name):
+    model = flaxnets.create_model(name, num_classes=7)
+    assert pickle.loads(pickle.dumps(model)) == model

@@ -1,0 +1,122 @@
+"""Whether the oneDNN inside jaxlib can be used on this machine."""
+
+import hashlib
+import os
+import platform
+import subprocess
+import sys
+import threading
+import warnings
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import jax
+import jaxlib.version
+
+from flaxnets.errors import FallbackWarning, InputError
+
+# A jaxlib in which the custom call has changed would end the process.
+TESTED_JAXLIB = ((0, 10, 2), (0, 13, 0))
+# Seconds; the check takes about five, and a busy machine must not fail it.
+CHECK_LIMIT = 60
+# The alarm ends it where the process that waits for it has been killed.
+CHECK = (
+    f"import signal; signal.alarm({CHECK_LIMIT});"
+    "from flaxnets.models.convolution import check_onednn; check_onednn()"
+)
+_CHECKING = threading.Lock()
+
+
+def has_onednn() -> bool:
+    """Whether oneDNN is there and may be used; whether it works, `passes_check` finds out.
+
+    Not over several devices: the partitioner of XLA cannot split a custom call. Not with the
+    persistent compilation cache: storing a program that has one in it fails.
+
+    Raises:
+      InputError: the environment variable FLAXNETS_CONV is neither empty nor `xla`.
+    """
+    choice = os.environ.get("FLAXNETS_CONV", "")
+    if choice not in ("", "xla"):
+        raise InputError(f"FLAXNETS_CONV is xla, for XLA's convolutions, or unset, not {choice!r}")
+    first, beyond = TESTED_JAXLIB
+    config: Any = jax.config
+    return (
+        choice != "xla"
+        and (sys.platform, platform.machine()) == ("linux", "x86_64")
+        and first <= jaxlib.version.__version_info__ < beyond
+        and jax.default_backend() == "cpu"
+        and jax.device_count() == 1
+        and not (config.jax_enable_compilation_cache and config.jax_compilation_cache_dir)
+    )
+
+
+def passes_check() -> bool:
+    """Whether oneDNN's convolutions return, with the right numbers, on this machine.
+
+    A child process tries them once for each processor, jaxlib and setting of oneDNN; the verdict is
+    kept below `XDG_CACHE_HOME` (`~/.cache`). Where it fails, a `FallbackWarning` says so.
+    """
+    with _CHECKING:  # several networks may be compiled at the same time
+        return _passes_check()
+
+
+@cache
+def _passes_check() -> bool:
+    path = _verdict_path()
+    try:
+        verdict = path.read_text(encoding="utf-8")
+    except OSError:
+        verdict = ""
+    if verdict not in ("works", "fails"):
+        verdict = "works" if _run_check() else "fails"
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text(verdict, encoding="utf-8")
+        except OSError:
+            pass  # no home directory, or a full disk: the next process checks again
+    if verdict == "fails":
+        warnings.warn(
+            "oneDNN's convolutions do not work on this machine, XLA's slower ones are used "
+            f"(FLAXNETS_CONV=xla chooses them without this warning; delete {path} to check again)",
+            FallbackWarning,
+            stacklevel=3,
+        )
+    return verdict == "works"
+
+
+def _verdict_path() -> Path:
+    cores = os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else ()
+    facts = [jaxlib.version.__version__, str(len(cores))]
+    facts += [
+        f"{k}={v}" for k, v in sorted(os.environ.items()) if k.startswith(("ONEDNN_", "DNNL_"))
+    ]
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        lines = []
+    facts += sorted({line for line in lines if line.startswith(("model name", "flags"))})
+    digest = hashlib.sha256("\n".join(facts).encode(errors="surrogateescape")).hexdigest()
+    cache = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
+    return Path(cache) / "flaxnets" / f"onednn-{digest[:16]}"
+
+
+def _run_check() -> bool:
+    path = os.pathsep.join([str(Path(__file__).parents[2]), *sys.path])
+    environment = {**os.environ, "JAX_PLATFORMS": "cpu", "PYTHONPATH": path}
+    environment.pop("JAX_DISABLE_JIT", None)
+    try:
+        check = subprocess.run(
+            [sys.executable, "-c", CHECK],
+            env=environment,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+            timeout=CHECK_LIMIT,
+            start_new_session=True,  # Ctrl-C in the terminal is no verdict
+            check=False,
+        )
+    except (subprocess.TimeoutExpired, OSError):
+        return False
+    return check.returncode == 0
