@@ -38,6 +38,17 @@ def write_atomic(path: Path, content: str | bytes) -> None:
             raise
 
 
+def set_aside(path: Path, suffix: str) -> Path:
+    """Rename `path` to the first free one of `path.suffix`, `path.suffix-2` ..., which is returned:
+    what it holds may be needed by somebody."""
+    aside, number = path.with_name(f"{path.name}.{suffix}"), 1
+    while aside.exists() or aside.is_symlink():
+        number += 1
+        aside = path.with_name(f"{path.name}.{suffix}-{number}")
+    path.rename(aside)
+    return aside
+
+
 @contextmanager
 def explained(path: Path, size: int) -> Iterator[None]:
     """Turn any failure to write `size` bytes at `path` into one line that says what to do.

@@ -243,6 +243,40 @@ def _read_split(info: DatasetInfo, split: str) -> Split:
     if images[0].dtype != np.uint8:
         raise InputError(f"{info.builder.name} has images of {images[0].dtype}, not uint8")
     labels = np.array([example[info.label_key] for example in examples], np.int32)
-    if labels.min() < 0 or labels.max() >= len(info.class_names):
-        raise InputError(f"{info.builder.name} has no labels in its {split} split; choose another")
+    for label in (labels.min(), labels.max()):
+        check_label(int(label), len(info.class_names), f"{info.builder.name} ({split} split)")
     return Split(np.stack(images), labels)
+
+
+def check_label(label: int, num_classes: int, name: str) -> None:
+    """Refuse a label that is not one of the classes; `name` says where it was found.
+
+    Raises:
+      InputError: it is missing (TFDS stores -1), or too large.
+    """
+    if label < 0:
+        raise InputError(f"{name} has no label; choose a data set that has labels")
+    if label >= num_classes:
+        raise InputError(
+            f"{name} has label {label}, but there are only {num_classes} classes (0 to "
+            f"{num_classes - 1}); delete the data set and prepare it again"
+        )
+
+
+def refuse_nothing_to_learn(name: str, train: Split) -> None:
+    """Refuse training images of one class, or that are all the same.
+
+    Raises:
+      InputError: with which of the two.
+    """
+    if train.labels.min() == train.labels.max():
+        raise InputError(
+            f"all {len(train.labels):,} training images of {name} have label {train.labels[0]}; "
+            "choose a data set with images of two classes or more"
+        )
+    # One by one: the first difference, as a rule between the first two, ends it.
+    if len(train.images) > 1 and all(np.array_equal(i, train.images[0]) for i in train.images):
+        raise InputError(
+            f"all {len(train.images):,} training images of {name} are the same; "
+            "choose a data set with different images"
+        )

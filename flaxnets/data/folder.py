@@ -3,21 +3,28 @@
 import hashlib
 import os
 import stat
-from concurrent.futures import ThreadPoolExecutor
+import warnings
+from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
-from flaxnets.data.images import open_image
+from flaxnets.data.checks import Check, cache_path, check_pictures, write_cache
 from flaxnets.data.stream import StreamedDataset
-from flaxnets.errors import InputError
+from flaxnets.errors import FallbackWarning, InputError
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp")
 TEST_FOLDERS = ("test", "val", "validation")
 GREY_MODES = ("1", "L", "LA", "La", "I", "I;16", "I;16B", "I;16L")
+# Pictures too, which Pillow or a converter reads, but which are left out here.
+OTHER_SUFFIXES = (
+    *(".avif", ".gif", ".heic", ".heif", ".jfif", ".jp2", ".jpe", ".jxl"),
+    *(".pgm", ".ppm", ".psd", ".svg", ".tga", ".tif", ".tiff"),
+)
 NAMED_IN_AN_ERROR = 10
-READ_AT_ONCE = 16
+NAMED_COPIES = 3
 
 # The paths of pictures in the data set's folder, by class.
 Files = dict[str, list[str]]
@@ -72,7 +79,10 @@ class FileSource:
 
 
 def find_folder(
-    path: str | Path, skip_unreadable: bool = False, test_fraction: float = 0.2
+    path: str | Path,
+    skip_unreadable: bool = False,
+    test_fraction: float = 0.2,
+    on_progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> StreamedDataset:
     """A data set of the pictures in `path`, which has one of two layouts.
 
@@ -81,11 +91,13 @@ def find_folder(
 
     JPEG, PNG, WebP and BMP files count, with suffixes in either case; other and hidden files are
     ignored. In the second layout `test_fraction` of each class becomes the test split, chosen by
-    the files' names alone. Only the headers are read: damage behind them shows when a picture is
-    decoded.
+    the files' names alone. Every picture is decoded once to see whether it can be, and again only
+    when its size or time has changed. Pictures that are left out, and copies of training pictures
+    in the test split, are warned of.
 
     Args:
       skip_unreadable: leave out pictures that cannot be read, and list them in `skipped`.
+      on_progress: called with how many pictures have been decoded, of how many, now and then.
 
     Raises:
       InputError: no such folder, another layout, fewer than two classes, a class without pictures,
@@ -107,8 +119,11 @@ def find_folder(
     if test_folder is not None:
         _refuse_different_classes(root, test_folder, *splits)
 
-    splits, grey, skipped = _read_headers(root, splits, skip_unreadable)
+    _warn_of_other_pictures(root, folders, splits)
+    splits, checks, skipped = _check(root, splits, skip_unreadable, on_progress)
     train, test = splits if test_folder is not None else _divide(root, splits[0], test_fraction)
+    _warn_of_copies(root, train, test, checks)
+    grey = all(check.mode in GREY_MODES for check in checks.values() if not check.reason)
     return StreamedDataset(
         name=root.resolve().name,
         version="files",
@@ -145,12 +160,18 @@ def _find_files(root: Path, folder: str) -> Files:
         )
     files = {}
     for name in names:
-        pictures = _pictures(root / folder / name)
+        place = root / folder / name
+        pictures = _pictures(place)
         if not pictures:
-            raise InputError(
-                f"the class folder {root / folder / name} has no pictures in it "
-                f"({', '.join(SUFFIXES)}); put some there or remove it"
-            )
+            problem = f"the class folder {place} has no pictures in it ({', '.join(SUFFIXES)})"
+            if other := _count_suffixes(place):
+                raise InputError(f"{problem}, only {other}; convert them or remove it")
+            if deeper := _folders_with_pictures(place):
+                raise InputError(
+                    f"{problem}, only in folders below it, such as {deeper[0]}; "
+                    "move them up into the class folder"
+                )
+            raise InputError(f"{problem}; put some there or remove it")
         files[name] = [os.path.normpath(os.path.join(folder, name, file)) for file in pictures]
     return files
 
@@ -180,57 +201,68 @@ def _refuse_different_classes(root: Path, test_folder: str, train: Files, test: 
         )
 
 
-def _read_headers(
-    root: Path, splits: list[Files], skip_unreadable: bool
-) -> tuple[list[Files], bool, tuple[str, ...]]:
-    """The readable files, whether all of them are grey, and the names of the unreadable ones."""
-    readable: list[Files] = []
-    grey = True
-    unreadable: dict[str, str] = {}
-    total = 0
-    with ThreadPoolExecutor(READ_AT_ONCE) as executor:
-        for files in splits:
-            readable.append({})
-            for label, names in files.items():
-                # A class at a time, so that Ctrl-C need not wait for all of them.
-                headers = executor.map(_read_header, (root / name for name in names))
-                kept = readable[-1][label] = []
-                for name, (mode, reason) in zip(names, headers, strict=True):
-                    if reason:
-                        unreadable[name] = reason
-                        continue
-                    kept.append(name)
-                    grey = grey and mode in GREY_MODES
-                total += len(names)
-    if unreadable and not skip_unreadable:
-        named = [f"{name} ({reason})" for name, reason in unreadable.items()]
-        more = len(named) - NAMED_IN_AN_ERROR
-        raise InputError(
-            f"{len(named)} of {total} pictures in {root} cannot be read: "
-            f"{', '.join(named[:NAMED_IN_AN_ERROR])}{f' and {more} more' if more > 0 else ''}; "
-            "replace them, take them away, or leave them out with --skip-unreadable"
-        )
+def _check(
+    root: Path,
+    splits: list[Files],
+    skip_unreadable: bool,
+    on_progress: Callable[[int, int], None],
+) -> tuple[list[Files], dict[str, Check], tuple[str, ...]]:
+    """The readable files, what decoding all showed, and the names of the unreadable ones."""
+    names = [name for files in splits for members in files.values() for name in members]
+    checks = check_pictures(root, names, on_progress)
+    unreadable = tuple(name for name in names if checks[name].reason)
+    if unreadable:
+        named = [f"{name} ({checks[name].reason})" for name in unreadable]
+        problem = f"{len(named)} of {len(names)} pictures in {root} cannot be read"
+        listed = ", ".join(named[:NAMED_IN_AN_ERROR])
+        if len(named) > NAMED_IN_AN_ERROR:
+            listed += f" and {len(named) - NAMED_IN_AN_ERROR} more"
+            path = cache_path(root, "-unreadable.txt")
+            if write_cache(path, b"".join(os.fsencode(line) + b"\n" for line in named)):
+                listed += f" (all are listed in {path})"
+        if not skip_unreadable:
+            raise InputError(
+                f"{problem}: {listed}; "
+                "replace them, take them away, or leave them out with --skip-unreadable"
+            )
+        warnings.warn(f"{problem} and are skipped: {listed}", FallbackWarning, stacklevel=3)
+    readable = [
+        {
+            label: [name for name in members if not checks[name].reason]
+            for label, members in files.items()
+        }
+        for files in splits
+    ]
     for files in readable:
-        for label, names in files.items():
-            if not names:
+        for label, members in files.items():
+            if not members:
                 raise InputError(
                     f"none of the pictures of class {label} in {root} can be read; "
                     "replace them or remove the class"
                 )
-    return readable, grey, tuple(unreadable)
+    return readable, checks, unreadable
 
 
-def _read_header(path: Path) -> tuple[str, str]:
-    """Pillow's mode of a picture, or why it has none."""
-    try:
-        if not path.stat().st_size:
-            return "", "it is empty"
-        with open_image(path) as image:
-            return image.mode, ""
-    except OSError as error:
-        return "", error.strerror or "it cannot be opened"
-    except ValueError as error:
-        return "", str(error)
+def _warn_of_copies(root: Path, train: Files, test: Files, checks: dict[str, Check]) -> None:
+    """Test pictures that are in the training split too make the test error too low."""
+    seen = {checks[name].digest: name for names in train.values() for name in names}
+    tested = [name for names in test.values() for name in names]
+    copies = [(name, seen[checks[name].digest]) for name in tested if checks[name].digest in seen]
+    unique = len({checks[name].digest for name in tested})
+    if not copies and unique == len(tested):
+        return
+    found = []
+    if copies:
+        named = ", ".join(f"{name} is {other}" for name, other in copies[:NAMED_COPIES])
+        also = "is also a training picture" if len(copies) == 1 else "are also training pictures"
+        found.append(f"{len(copies)} of {len(tested)} test pictures {also} ({named})")
+    if unique < len(tested):
+        found.append(f"only {unique} of {len(tested)} test pictures are different files")
+    warnings.warn(
+        f"{root}: {'; '.join(found)}; remove copies for an honest test error",
+        FallbackWarning,
+        stacklevel=3,
+    )
 
 
 def _divide(root: Path, files: Files, test_fraction: float) -> tuple[Files, Files]:
@@ -249,6 +281,40 @@ def _divide(root: Path, files: Files, test_fraction: float) -> tuple[Files, File
     return train, test
 
 
+def _warn_of_other_pictures(root: Path, folders: list[str], splits: list[Files]) -> None:
+    """Count pictures that are not read: of other suffixes, or in folders below those of classes."""
+    places = [
+        root / folder / name
+        for folder, files in zip(folders, splits, strict=True)
+        for name in files
+    ]
+    left_out = []
+    if other := _count_suffixes(*places):
+        left_out.append(f"{other} (only {', '.join(SUFFIXES)} are read)")
+    deeper = [place / name for place in places for name in _folders_with_pictures(place)]
+    if deeper:
+        left_out.append(f"those in folders below a class folder, such as {deeper[0]}")
+    if left_out:
+        warnings.warn(
+            f"pictures in {root} that are left out: {'; '.join(left_out)}",
+            FallbackWarning,
+            stacklevel=3,
+        )
+
+
+def _count_suffixes(*places: Path) -> str:
+    """`12 .gif, 3 .tif`: pictures in these folders that are not read."""
+    suffixes = [
+        os.path.splitext(entry.name)[1].lower() for place in places for entry in _entries(place)
+    ]
+    counts = Counter(suffix for suffix in suffixes if suffix in OTHER_SUFFIXES)
+    return ", ".join(f"{count:,} {suffix}" for suffix, count in sorted(counts.items()))
+
+
+def _folders_with_pictures(place: Path) -> list[str]:
+    return [name for name in _sub_folders(place) if _pictures(place / name)]
+
+
 def _source(root: Path, files: Files) -> FileSource:
     names = [name for names in files.values() for name in names]
     labels = np.repeat(
@@ -258,7 +324,8 @@ def _source(root: Path, files: Files) -> FileSource:
 
 
 def _sub_folders(folder: Path) -> list[str]:
-    return sorted(entry.name for entry in _entries(folder) if entry.is_dir())
+    # `entry.is_dir()` raises an error where a link leads to itself.
+    return sorted(entry.name for entry in _entries(folder) if os.path.isdir(entry.path))
 
 
 def _pictures(folder: Path) -> list[str]:

@@ -2,6 +2,8 @@
 
 import io
 import math
+import struct
+import zlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import IO
@@ -27,6 +29,19 @@ Box = tuple[float, float, float, float]
 PIXELS_FOR_ONE = 2.0
 # The side of the crops to which He et al. (2015) and Simonyan and Zisserman (2014) give scales.
 REFERENCE_CROP = 224
+JPEG_PIXELS, JPEG_END = 0xDA, b"\xff\xd9"
+PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
+# Interlaced PNGs have seven parts: first column and row, and distances of columns and rows.
+ADAM7 = (
+    (0, 0, 8, 8),
+    (4, 0, 8, 8),
+    (0, 4, 4, 8),
+    (2, 0, 4, 4),
+    (0, 2, 2, 4),
+    (1, 0, 2, 2),
+    (0, 1, 1, 2),
+)
+MOST_DECOMPRESSED = 2**20  # bytes at a time
 UPRIGHT = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
@@ -68,6 +83,26 @@ def decode_image(
       ValueError: it cannot be read, or not to its end; the message is the reason, in a line.
     """
     return _decode(open_image(io.BytesIO(data)), channels, at_least)
+
+
+def check_picture(data: bytes) -> str:
+    """Pillow's mode of a picture that can be decoded to its end, and of which nothing is missing.
+
+    Stricter than `decode_image`, which takes a PNG with fewer rows than its header says and a JPEG
+    that goes on in zeros. A JPEG that was cut and closed in good order is not found.
+
+    Raises:
+      ValueError: as `decode_image`.
+    """
+    image = open_image(io.BytesIO(data))
+    mode = image.mode
+    # A JPEG is read to its end at any size.
+    _decode(image, 3, (1, 1))
+    if image.format == PngImageFile.format:
+        _check_pixels(data)
+    elif image.format == JpegImageFile.format:
+        _check_end(data)
+    return mode
 
 
 def decode_crop(
@@ -195,6 +230,45 @@ def _decode(image: Image.Image, channels: int, at_least: tuple[float, float] | N
     except Exception as error:
         raise ValueError(_reason(error)) from error
     return image.transpose(UPRIGHT[orientation]) if orientation in UPRIGHT else image
+
+
+def _check_end(jpeg: bytes) -> None:
+    """Refuse a JPEG without a marker of its end after its pixels, as half a download of which the
+    rest is zeros: Pillow fills it up."""
+    position = 2
+    while jpeg[position : position + 1] == b"\xff" and jpeg[position + 1] != JPEG_PIXELS:
+        filled = jpeg[position + 1] == 0xFF
+        position += 1 if filled else 2 + int.from_bytes(jpeg[position + 2 : position + 4], "big")
+    if jpeg.find(JPEG_END, position) < 0:
+        raise ValueError("it ends before its last pixel")
+
+
+def _check_pixels(png: bytes) -> None:
+    """Refuse a PNG whose compressed pixels are fewer than its header says, or damaged: Pillow is
+    content when they end early in good order, and does not look at their checksum."""
+    width, height, depth, colour, _, _, interlaced = struct.unpack(">IIBBBBB", png[16:29])
+    bits = depth * {0: 1, 2: 3, 3: 1, 4: 2, 6: 4}[colour]
+    passes = ADAM7 if interlaced else ((0, 0, 1, 1),)
+    expected = 0
+    for left, top, across, down in passes:
+        columns, rows = -(-(width - left) // across), -(-(height - top) // down)
+        if columns > 0 and rows > 0:
+            expected += rows * (1 + -(-columns * bits // 8))
+    found, position, stream = 0, len(PNG_SIGNATURE), zlib.decompressobj()
+    try:
+        while position + 8 <= len(png) and not stream.eof:
+            length, kind = struct.unpack(">I4s", png[position : position + 8])
+            if kind == b"IDAT":
+                rest = png[position + 8 : position + 8 + length]
+                while rest and not stream.eof:
+                    found += len(stream.decompress(rest, MOST_DECOMPRESSED))
+                    rest = stream.unconsumed_tail
+            position += 12 + length
+        found += len(stream.flush())
+    except zlib.error as error:
+        raise ValueError(f"its pixels are damaged ({error})") from error
+    if found < expected:
+        raise ValueError(f"it has only {100 * found // expected} % of its pixels")
 
 
 def _orientation(image: Image.Image) -> int:

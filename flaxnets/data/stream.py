@@ -23,9 +23,15 @@ import tensorflow_datasets as tfds
 from absl import flags
 
 from flaxnets.data.batches import Augmentation, Preprocess
-from flaxnets.data.datasets import Dataset, Split, channel_statistics, find_dataset
+from flaxnets.data.datasets import (
+    Dataset,
+    Split,
+    channel_statistics,
+    check_label,
+    find_dataset,
+)
 from flaxnets.data.images import decode_crop, fit_box, resized_box, scaled_box
-from flaxnets.data.slots import Slots, begin_worker, stack_batch
+from flaxnets.data.slots import Slots, begin_worker, own_semaphores, remove_leftovers, stack_batch
 from flaxnets.errors import InputError
 
 CROPS = ("resized", "scaled", "fixed", "none")
@@ -126,6 +132,7 @@ class TfdsSource:
     image_key: str
     label_key: str
     size: int
+    num_classes: int
 
     @property
     def labels(self) -> None:
@@ -144,8 +151,7 @@ class TfdsSource:
         data, label = example[self.image_key], example[self.label_key]
         if data is None or label is None:
             raise InputError(f"{self.name(index)} is damaged; delete all and prepare it again")
-        if label < 0:
-            raise InputError(f"{self.name(index)} has no label; choose another data set")
+        check_label(int(label), self.num_classes, self.name(index))
         return data, int(label)
 
     def name(self, index: int) -> str:
@@ -182,9 +188,21 @@ def find_tfds_stream(name: str, data_dir: str | Path | None = None) -> StreamedD
 
     def source(split: str) -> TfdsSource:
         count = builder.info.splits[split].num_examples
-        return TfdsSource(str(builder.data_path), split, info.image_key, info.label_key, count)
+        return TfdsSource(
+            str(builder.data_path),
+            split,
+            info.image_key,
+            info.label_key,
+            count,
+            len(info.class_names),
+        )
 
     train, test = source("train"), source(info.test_split)
+    dtype = np.dtype(builder.info.features[info.image_key].np_dtype)
+    if dtype.kind == "f":  # stored as PNGs whose pixels are the bytes of a number
+        raise InputError(f"{name} has images of {dtype}; choose a data set of uint8 images")
+    if len(info.class_names) < 2:
+        raise InputError(f"{name} has one class; choose a data set with two classes or more")
     for split in (train, test):
         split[0]  # where labels are hidden, all are
     return StreamedDataset(
@@ -434,7 +452,8 @@ def _read_with_workers(
     examples: grain.MapDataset, shape: tuple[int, ...], start: int, stop: int, workers: int
 ) -> Generator[Split]:
     workers = min(workers, stop - start)
-    slots = Slots.create(shape, SLOTS_OF_A_WORKER * workers)
+    remove_leftovers()
+    slots, received = Slots.create(shape, SLOTS_OF_A_WORKER * workers), 0
     # Workers take turns at whole batches, so that the number of them changes nothing.
     batches = iter(
         examples.batch(shape[0], batch_fn=slots.send)
@@ -448,11 +467,16 @@ def _read_with_workers(
         resource_tracker.ensure_running()  # which would undo it
         mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
         try:
-            batch = next(batches, None)
+            with own_semaphores():
+                batch = next(batches, None)
         finally:
             signal.pthread_sigmask(signal.SIG_SETMASK, mask)
         while batch is not None:
             batch = slots.receive(batch)
+            received += 1
+            if received == workers:
+                # All workers have it now; without a name it goes with the last of them.
+                slots.memory.unlink()
             yield batch
             batch = next(batches, None)
     except RuntimeError as error:
@@ -465,7 +489,8 @@ def _read_with_workers(
     finally:
         batches.close()
         slots.memory.close()
-        slots.memory.unlink()
+        if received < workers:
+            slots.memory.unlink()
 
 
 def _closed_at_exit(batches: Generator[Any]) -> Generator[Any]:

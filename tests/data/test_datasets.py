@@ -7,9 +7,13 @@ import pytest
 import tensorflow_datasets as tfds
 from PIL import Image
 
+import flaxnets
 from flaxnets import InputError
 from flaxnets.data import Split, load_dataset
-from flaxnets.data.datasets import channel_statistics
+from flaxnets.data.datasets import channel_statistics, refuse_nothing_to_learn
+from flaxnets.data.stream import find_tfds_stream
+from flaxnets.parallel import data_mesh
+from flaxnets.training import RECIPES, Program
 
 
 def make_dataset(directory, images, labels, name="made", features=None, **file_format):
@@ -173,8 +177,41 @@ def test_data_without_images_or_labels_is_refused(tmp_path, missing, key):
 
 def test_hidden_labels_are_refused(tmp_path):
     make_dataset(tmp_path, random_images((4, 4, 1), (4, 4, 1)), [0, -1])
-    with pytest.raises(InputError, match="has no labels in its train split"):
+    with pytest.raises(InputError, match=r"made \(train split\) has no label; choose"):
         load_dataset("made", tmp_path)
+
+
+def test_labels_beyond_the_classes_are_refused(tmp_path):
+    features = {
+        "image": tfds.features.Image(shape=(4, 4, 1)),
+        "label": tfds.features.ClassLabel(num_classes=13),
+    }
+    make_dataset(tmp_path, random_images((4, 4, 1), (4, 4, 1)), [0, 12], features=features)
+    for path in tmp_path.rglob("features.json"):
+        path.write_text(path.read_text().replace('"13"', '"3"'))
+    message = r"has label 12, but there are only 3 classes \(0 to 2\); delete the data set"
+    with pytest.raises(InputError, match=rf"made \(train split\) {message}"):
+        load_dataset("made", tmp_path)
+    with pytest.raises(InputError, match=rf"example \d of .* {message}"):
+        [find_tfds_stream("made", tmp_path).train[i] for i in range(2)]
+
+
+def test_training_images_must_differ_and_be_of_two_classes(digits):
+    from dataclasses import replace
+
+    def refuse(images, labels):
+        refuse_nothing_to_learn(digits.name, Split(images, labels))
+
+    images, labels = digits.train
+    refuse(images, labels)
+    with pytest.raises(InputError, match="all 1,437 training images of digits have label 3"):
+        refuse(images, np.full_like(labels, 3))
+    with pytest.raises(InputError, match="all 1,437 training images of digits are the same"):
+        refuse(np.zeros_like(images), labels)
+    same = replace(digits, train=Split(np.zeros_like(images), labels))
+    model = flaxnets.create_model("cifar_resnet8")
+    with pytest.raises(InputError, match="are the same"):
+        Program.create(model, 8, RECIPES["digits"], same, data_mesh())
 
 
 def test_lost_examples_are_noticed(tmp_path):

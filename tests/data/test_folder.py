@@ -1,5 +1,10 @@
+import io
+import json
 import os
 import pickle
+import re
+import struct
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -7,7 +12,10 @@ import pytest
 from PIL import Image
 
 from flaxnets import InputError
+from flaxnets.data.checks import cache_path
 from flaxnets.data.folder import find_folder
+from flaxnets.data.images import _check_pixels, check_picture
+from flaxnets.errors import FallbackWarning
 
 
 def save(path: Path, colour=(200, 30, 90), size=(9, 7), mode="RGB", **options) -> Path:
@@ -165,10 +173,216 @@ def test_a_long_list_is_cut(tmp_path):
     for i in range(25):
         (tmp_path / "dog" / f"bad{i:02}.png").touch()
     with pytest.raises(
-        InputError, match=r"bad09.png \(it is empty\) and 15 more; replace"
+        InputError, match=r"bad09.png \(it is empty\) and 15 more \(all are .*; replace"
     ) as caught:
         find_folder(tmp_path)
     assert "bad10" not in str(caught.value)
+
+
+def test_unreadable_pictures_are_all_listed_in_a_file(tmp_path):
+    make_classes(tmp_path)
+    for i in range(25):
+        (tmp_path / "dog" / os.fsdecode(b"\xff%02d.png" % i)).touch()
+    with pytest.raises(InputError) as caught:
+        find_folder(tmp_path)
+    path = re.search(r"all are listed in (\S+)\)", str(caught.value))
+    assert path
+    lines = Path(path[1]).read_bytes().splitlines()
+    assert lines == [b"dog/\xff%02d.png (it is empty)" % i for i in range(25)]
+
+
+def half(data: bytes) -> bytes:
+    return data[: len(data) // 2]
+
+
+def half_and_zeros(data: bytes) -> bytes:
+    return half(data) + bytes(len(data) - len(half(data)))
+
+
+def few_rows(data: bytes) -> bytes:
+    """A PNG in good order but for its height."""
+    header = struct.pack(">II", 9, 13_000) + data[24:29]
+    checksum = struct.pack(">I", zlib.crc32(b"IHDR" + header))
+    return data[:16] + header + checksum + data[33:]
+
+
+def other_pixel(data: bytes) -> bytes:
+    """Pillow does not look at the checksum of a PNG's pixels."""
+    place = data.index(b"IDAT") + 4
+    length = int.from_bytes(data[place - 8 : place - 4], "big")
+    pixels = bytearray(zlib.decompress(data[place : place + length]))
+    pixels[5] ^= 255
+    packed = zlib.compress(pixels)[:-4] + data[place + length - 4 : place + length]
+    return data[: place - 8] + len(packed).to_bytes(4, "big") + b"IDAT" + packed + bytes(4) + END
+
+
+END = b"\0\0\0\0IEND\xaeB`\x82"
+
+
+@pytest.mark.parametrize(
+    ("suffix", "damage", "options"),
+    [
+        ("jpg", half, {}),
+        ("jpg", half_and_zeros, {}),
+        ("jpg", half, {"progressive": True}),
+        ("png", half, {}),
+        ("png", few_rows, {}),
+        ("png", other_pixel, {}),
+        ("webp", half, {}),
+        ("bmp", half, {}),
+    ],
+)
+def test_damage_behind_the_header_is_found(tmp_path, suffix, damage, options):
+    make_classes(tmp_path)
+    noise = np.random.RandomState(0).randint(0, 256, (30, 40, 3)).astype(np.uint8)
+    path = tmp_path / "cat" / f"noise.{suffix}"
+    Image.fromarray(noise).save(path, **options)
+    find_folder(tmp_path)
+    path.write_bytes(damage(path.read_bytes()))
+    with pytest.raises(
+        InputError, match=rf"1 of 31 pictures in .* cat/noise.{suffix} \("
+    ) as caught:
+        find_folder(tmp_path)
+    assert "\n" not in str(caught.value)
+    with pytest.warns(FallbackWarning, match=r"cannot be read and are skipped: cat/noise"):
+        assert find_folder(tmp_path, skip_unreadable=True).skipped == (f"cat/noise.{suffix}",)
+
+
+@pytest.mark.parametrize("mode", ["1", "L", "LA", "P", "RGB", "RGBA", "I;16"])
+@pytest.mark.parametrize("size", [(1, 1), (3, 2), (5, 9), (33, 17)])
+def test_whole_pngs_of_every_kind_are_taken(mode, size):
+    noise = np.random.RandomState(0).randint(0, 256, (*size[::-1], 3)).astype(np.uint8)
+    image = Image.fromarray(noise)
+    image = image.convert("L").convert(mode) if mode == "I;16" else image.convert(mode)
+    file = io.BytesIO()
+    image.save(file, "png")
+    check_picture(file.getvalue())
+
+
+def test_interlaced_pngs(tmp_path):
+    """Made here, since Pillow writes none: 5 x 9 grey pixels in seven parts."""
+
+    def chunk(kind, data):
+        return (
+            struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+        )
+
+    parts = ((0, 0, 8, 8), (4, 0, 8, 8), (0, 4, 4, 8), (2, 0, 4, 4), (0, 2, 2, 4), (1, 0, 2, 2))
+    rows = b""
+    for left, top, across, down in (*parts, (0, 1, 1, 2)):
+        columns, lines = len(range(left, 5, across)), len(range(top, 9, down))
+        rows += lines * (b"\0" + columns * b"x") if columns else b""
+    header = chunk(b"IHDR", struct.pack(">IIBBBBB", 5, 9, 8, 0, 0, 0, 1))
+    for pixels, whole in ((rows, True), (rows[:-1], False)):
+        png = b"\x89PNG\r\n\x1a\n" + header + chunk(b"IDAT", zlib.compress(pixels)) + END
+        if whole:
+            check_picture(png)
+        else:
+            with pytest.raises(ValueError, match=r"it has only 9. % of its pixels"):
+                _check_pixels(png)
+
+
+def test_pictures_are_decoded_once(tmp_path, monkeypatch):
+    decoded = []
+
+    def check(data):
+        decoded.append(data)
+        return check_picture(data)
+
+    monkeypatch.setattr("flaxnets.data.checks.check_picture", check)
+    monkeypatch.setattr("flaxnets.data.checks.CHECKED_TOGETHER", 7)
+    make_classes(tmp_path)
+    done = []
+    first = find_folder(tmp_path, on_progress=lambda *numbers: done.append(numbers))
+    assert done == [(7, 30), (14, 30), (21, 30), (28, 30), (30, 30)]
+    assert len(decoded) == 30
+    again = find_folder(tmp_path)
+    assert len(decoded) == 30
+    assert again.fingerprint() == first.fingerprint()
+    save(tmp_path / "cat" / "0.png", size=(90, 70))
+    os.utime(tmp_path / "dog" / "0.png", ns=(0, 0))
+    find_folder(tmp_path)
+    assert len(decoded) == 32
+    # Whatever is in the cache, and where it cannot be written.
+    cache = cache_path(tmp_path, ".json")
+    content = json.loads(cache.read_text())
+    content["pictures"]["cat/0.png"][0] = None
+    for damaged in (b"", b"[]", b"[" * 10**5, b"\xff", json.dumps(content).encode()):
+        cache.write_bytes(damaged)
+        decoded.clear()
+        find_folder(tmp_path)
+        assert len(decoded) == 30
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cat" / "0.png"))
+    for _ in range(2):
+        decoded.clear()
+        find_folder(tmp_path)
+        assert len(decoded) == 30
+
+
+def test_an_interrupted_check_continues(tmp_path, monkeypatch):
+    monkeypatch.setattr("flaxnets.data.checks.CHECKED_TOGETHER", 7)
+
+    def interrupt(done, total):
+        if done == 14:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        find_folder(make_classes(tmp_path), on_progress=interrupt)
+    assert len(json.loads(cache_path(tmp_path, ".json").read_text())["pictures"]) == 14
+
+
+def test_pictures_that_are_left_out_are_counted(tmp_path):
+    make_classes(tmp_path, ("cat", "dog"))
+    for name in ("a.gif", "b.GIF", "c.tif", "notes.txt", ".d.gif"):
+        (tmp_path / "cat" / name).touch()
+    save(tmp_path / "dog" / "deeper" / "a.png")
+    with pytest.warns(FallbackWarning) as caught:
+        find_folder(tmp_path)
+    (message,) = (str(w.message) for w in caught if "left out" in str(w.message))
+    assert "left out: 2 .gif, 1 .tif (only .jpg, .jpeg, .png, .webp, .bmp are read); " in message
+    assert message.endswith(f"those in folders below a class folder, such as {tmp_path}/dog/deeper")
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("a.gif", r"fox has no pictures in it .*, only 1 .gif; convert them or remove it"),
+        ("deep/a.png", r"only in folders below it, such as deep; move them up into the class"),
+    ],
+)
+def test_classes_of_other_pictures(tmp_path, name, message):
+    path = make_classes(tmp_path) / "fox" / name
+    path.parent.mkdir(parents=True)
+    path.touch()
+    with pytest.raises(InputError, match=message):
+        find_folder(tmp_path)
+
+
+def test_copies_of_training_pictures_are_named(tmp_path):
+    for split, colours in (("train", (1, 2)), ("test", (1, 3, 3))):
+        for label in range(2):
+            for i, colour in enumerate(colours):
+                save(tmp_path / split / "ab"[label] / f"{i}.png", (colour, label, 0))
+    with pytest.warns(FallbackWarning) as caught:
+        find_folder(tmp_path)
+    (warning,) = caught
+    assert str(warning.message) == (
+        f"{tmp_path}: 2 of 6 test pictures are also training pictures (test/a/0.png is "
+        "train/a/0.png, test/b/0.png is train/b/0.png); only 4 of 6 test pictures are different "
+        "files; remove copies for an honest test error"
+    )
+
+
+def test_names_that_are_no_utf_8(tmp_path):
+    """Of classes and of files."""
+    make_classes(tmp_path, ("cat",))
+    odd = make_classes(tmp_path, (os.fsdecode(b"d\xf6g"),)) / os.fsdecode(b"d\xf6g")
+    os.rename(odd / "0.png", odd / os.fsdecode(b"\xff.png"))
+    with pytest.warns(FallbackWarning, match=r"test pictures are also training pictures") as caught:
+        first, again = find_folder(tmp_path), find_folder(tmp_path)
+    assert all(str(warning.message).isprintable() for warning in caught)
+    assert first.class_names == ("cat", "d\udcf6g")
+    assert first.fingerprint() == again.fingerprint()
 
 
 def test_a_class_of_unreadable_pictures(tmp_path):

@@ -11,6 +11,7 @@ from contextlib import closing
 
 import numpy as np
 import pytest
+import tensorflow_datasets as tfds
 from PIL import Image
 
 from flaxnets import InputError
@@ -18,7 +19,7 @@ from flaxnets.data import Split
 from flaxnets.data.datasets import channel_statistics
 from flaxnets.data.folder import find_folder
 from flaxnets.data.images import decode_image, fit
-from flaxnets.data.slots import Slots
+from flaxnets.data.slots import Slots, _owner, remove_leftovers
 from flaxnets.data.stream import (
     CROPS,
     Subset,
@@ -190,6 +191,62 @@ def test_workers_have_shared_memory_of_their_own(monkeypatch):
     finally:
         slots.memory.close()
         slots.memory.unlink()
+
+
+def test_only_leftovers_of_our_own_dead_are_removed(monkeypatch, tmp_path):
+    monkeypatch.setattr("flaxnets.data.slots.SHARED_MEMORY", tmp_path)
+    owner = _owner()
+    assert owner
+    number, started, namespace = owner.split("-")
+    dead = subprocess.Popen([sys.executable, "-c", ""])
+    dead.wait()
+    kept = [
+        f"flaxnets-{owner}-0",
+        f"sem.flaxnets-{owner}-0",
+        f"flaxnets-{dead.pid}-{started}-{int(namespace) + 1}-0",
+        "psm_0123abcd",
+        "sem.mp-0123abcd",
+    ]
+    removed = [
+        f"flaxnets-{dead.pid}-{started}-{namespace}-0",
+        f"sem.flaxnets-{dead.pid}-{started}-{namespace}-0",
+        f"flaxnets-{number}-{int(started) - 1}-{namespace}-0",
+    ]
+    for name in (*kept, *removed):
+        (tmp_path / name).touch()
+    remove_leftovers()
+    assert sorted(path.name for path in tmp_path.iterdir()) == sorted(kept)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux", reason="/dev/shm is Linux's")
+def test_killed_processes_leave_nothing_for_long(request, pictures, tmp_path):
+    """The memory goes at once, and the names of semaphores when the next one starts."""
+    script = tmp_path / "script.py"
+    script.write_text(SCRIPT)
+    folder = os.path.dirname(os.path.dirname(os.path.dirname(pictures.train.name(0))))
+    before = set(os.listdir("/dev/shm"))
+    left: list[set[str]] = []
+    for _ in range(2):
+        process = subprocess.Popen(
+            [sys.executable, script, folder, "2", "for _ in batches: print(flush=True)"],
+            env=os.environ | {"PYTHONPATH": str(ROOT)},
+            stdout=subprocess.PIPE,
+            start_new_session=True,
+        )
+        request.addfinalizer(lambda process=process: stop_group(process))
+        assert process.stdout
+        for _ in range(4):
+            process.stdout.readline()
+        os.killpg(process.pid, signal.SIGKILL)
+        process.communicate()
+        left.append(set(os.listdir("/dev/shm")) - before)
+    for names in left:
+        assert names
+        assert all(name.startswith("sem.flaxnets-") for name in names)
+    assert not left[0] & left[1]
+    remove_leftovers()
+    assert not left[1] & set(os.listdir("/dev/shm"))
 
 
 @pytest.mark.slow
@@ -378,7 +435,20 @@ def test_prepared_data_sets(tmp_path, channels):
 
 def test_prepared_data_sets_without_labels_are_refused(tmp_path):
     make_dataset(tmp_path, random_images((4, 4, 1), (4, 4, 1)), [-1, -1])
-    with pytest.raises(InputError, match=r"example 0 of train in .* has no label; choose another"):
+    with pytest.raises(
+        InputError, match=r"example 0 of train in .* has no label; choose a data set"
+    ):
+        find_tfds_stream("made", tmp_path)
+
+
+def test_prepared_data_sets_of_one_class_or_of_floats_are_refused(tmp_path):
+    image, label = tfds.features.Image(shape=(4, 4, 1)), tfds.features.ClassLabel(names=["cat"])
+    make_dataset(tmp_path, random_images((4, 4, 1)), [0], features={"image": image, "label": label})
+    with pytest.raises(InputError, match="made has one class; choose a data set with two"):
+        find_tfds_stream("made", tmp_path)
+    for path in tmp_path.rglob("features.json"):
+        path.write_text(path.read_text().replace('"uint8"', '"float32"'))
+    with pytest.raises(InputError, match="made has images of float32; choose a data set of uint8"):
         find_tfds_stream("made", tmp_path)
 
 

@@ -1,0 +1,117 @@
+"""Which pictures of a folder can be decoded to their end, remembered from one start to the next."""
+
+import hashlib
+import json
+import os
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import PIL
+
+from flaxnets.data.images import check_picture
+from flaxnets.errors import StorageError
+from flaxnets.files import write_atomic
+
+READ_AT_ONCE = 16
+# Ctrl-C waits for so many.
+CHECKED_TOGETHER = 256
+
+
+class Check(NamedTuple):
+    """What decoding a picture showed.
+
+    Attributes:
+      size, modified: of the file, in bytes and nanoseconds; -1 where it could not be opened.
+      mode: Pillow's name of its mode.
+      digest: of its content.
+      reason: why it cannot be decoded; empty where it can.
+    """
+
+    size: int
+    modified: int
+    mode: str
+    digest: str
+    reason: str
+
+
+def check_pictures(
+    root: Path, names: Sequence[str], on_progress: Callable[[int, int], None]
+) -> dict[str, Check]:
+    """Decode all pictures `names` in `root` that have changed since they were last decoded.
+
+    Args:
+      on_progress: called with how many have been checked, of how many, now and then.
+    """
+    memory = cache_path(root, ".json")
+    known = _recall(memory)
+    checks: dict[str, Check] = {}
+    try:
+        with ThreadPoolExecutor(READ_AT_ONCE) as executor:
+            for start in range(0, len(names), CHECKED_TOGETHER):
+                some = names[start : start + CHECKED_TOGETHER]
+                found = executor.map(lambda name: _check(root / name, known.get(name)), some)
+                checks.update(zip(some, found, strict=True))
+                on_progress(len(checks), len(names))
+    finally:
+        # Also after Ctrl-C: what has been decoded need not be again.
+        if any(known.get(name) != check for name, check in checks.items()):
+            _remember(memory, known | checks)
+    return checks
+
+
+def cache_path(root: Path, suffix: str) -> Path:
+    """A file of what is known of the folder `root`, in the user's cache directory."""
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache"))
+    digest = hashlib.sha256(os.fsencode(os.path.abspath(root))).hexdigest()
+    return cache / "flaxnets" / f"pictures-{digest[:16]}{suffix}"
+
+
+def write_cache(path: Path, content: str | bytes) -> bool:
+    """Whether `content` could be written to the cache, which nothing depends on."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_atomic(path, content)
+    except (StorageError, OSError):
+        return False
+    return True
+
+
+def _check(path: Path, known: Check | None) -> Check:
+    try:
+        status = path.stat()
+        if known and known[:2] == (status.st_size, status.st_mtime_ns):
+            return known
+        data = path.read_bytes()
+    except OSError as error:
+        # Not remembered as a state of the file: permissions may change.
+        return Check(-1, -1, "", "", error.strerror or "it cannot be opened")
+    digest = hashlib.blake2b(data, digest_size=16).hexdigest()
+    mode, reason = "", "it is empty"
+    if data:
+        try:
+            mode, reason = check_picture(data), ""
+        except ValueError as error:
+            reason = str(error)
+    return Check(status.st_size, status.st_mtime_ns, mode, digest, reason)
+
+
+def _recall(path: Path) -> dict[str, Check]:
+    """What `_remember` wrote; nothing where that is damaged or of another version of Pillow."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+        if content["pillow"] != PIL.__version__:
+            return {}
+        entries: dict[Any, Any] = content["pictures"]
+        checks = {name: Check(*entry) for name, entry in entries.items()}
+    except (OSError, ValueError, RecursionError, TypeError, KeyError, AttributeError):
+        return {}
+    kinds = [int, int, str, str, str]
+    valid = all([type(value) for value in check] == kinds for check in checks.values())
+    return checks if valid else {}
+
+
+def _remember(path: Path, checks: dict[str, Check]) -> None:
+    # Escaped, for names that are no UTF-8.
+    write_cache(path, json.dumps({"pillow": PIL.__version__, "pictures": checks}))
