@@ -12,6 +12,8 @@ from flaxnets.errors import InputError
 # TFDS would fetch and run a community's code for `namespace:name`.
 DATASET_NAME = re.compile(r"\w[\w.+-]*(/[\w.+-]+)?(:[\d.]+)?")
 
+DEEPEST = 1202  # of the paper; building deeper networks takes minutes
+
 DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
 
 
@@ -32,11 +34,20 @@ def _is_text(value: Any) -> bool:
 
 
 def _is_name(value: Any) -> bool:
-    """Of a network, or `module:function`: what may be printed and drawn as it is. No depth has
-    five digits: building such a network would take for ever."""
-    if not isinstance(value, str) or re.search(r"\d{5}", value):
+    """Of a network, or `module:function`: what may be printed and drawn as it is."""
+    return isinstance(value, str) and re.fullmatch(r"[\w.:]{1,200}", value) is not None
+
+
+def _is_depth(value: Any) -> bool:
+    # Runs of alexnet2012 have had the year as their depth.
+    return _is_count(value) and (value <= DEEPEST or value == 2012)
+
+
+def is_network(value: Any) -> bool:
+    """A name of `create_model` with a depth that can be built."""
+    if not _is_name(value):
         return False
-    return re.fullmatch(r"[\w.:]{1,200}", value) is not None
+    return all(number.isascii() and _is_depth(int(number)) for number in re.findall(r"\d+", value))
 
 
 def _is_model(value: Any) -> bool:
@@ -47,7 +58,7 @@ def _is_model(value: Any) -> bool:
         return _is_name(value["build"])
     overrides = value.get("overrides")
     return (
-        _is_name(value.get("name"))
+        is_network(value.get("name"))
         and isinstance(overrides, dict)
         and all(isinstance(entry, str | int | float | None) for entry in overrides.values())
     )
@@ -69,7 +80,7 @@ def _is_preprocess(value: Any) -> bool:
 
 FIELDS: dict[str, Callable[[Any], bool]] = {
     "kind": _is_name,
-    "depth": _is_count,
+    "depth": _is_depth,
     "seed": _is_count,
     "model": _is_model,
     "blocks": _are(_is_count),

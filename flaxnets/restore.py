@@ -15,7 +15,8 @@ from flaxnets.errors import InputError
 from flaxnets.models import create_model
 from flaxnets.models.stacking import unscanned
 from flaxnets.parallel import data_mesh, replicated
-from flaxnets.training.checkpoints import Checkpoints
+from flaxnets.training.checkpoints import Checkpoints, read_newest
+from flaxnets.training.loop import find_mismatch, read_rows
 
 Build = Callable[[int, int, Any], nn.Module]
 
@@ -39,6 +40,14 @@ class Restored:
     step: int
     class_names: tuple[str, ...]
     preprocess: Preprocess
+
+    def __repr__(self) -> str:
+        # Without the arrays of `variables`, which would fill a notebook.
+        return (
+            f"Restored({self.config['kind']}-{self.config['depth']} of seed {self.config['seed']}, "
+            f"step {self.step}, {self.config['parameters']:,} parameters, "
+            f"{len(self.class_names)} classes)"
+        )
 
 
 def build_model(config: dict[str, Any], build: Build | None = None) -> nn.Module:
@@ -73,21 +82,31 @@ def restore(
       InputError: `path` is not a run directory, has no good checkpoint, or needs `build`.
     """
     path = Path(path)
-    if which == "best" and (path / "config.json").is_file() and not (path / "best").exists():
-        raise InputError(f"{path} has no best checkpoint: it was trained without --validation")
-    name = "best" if which == "best" else "checkpoints"
-    while True:
-        with Checkpoints(path, read_only=True, name=name) as checkpoints:
-            if checkpoints.step is None:
-                raise InputError(_why_nothing(path, checkpoints.damage))
-            checkpoints.warn_of_damage("")
-            try:
-                return _restore(checkpoints, build)
-            except InputError as error:
-                # A run that goes on has replaced it by a newer one meanwhile.
-                if (checkpoints.directory / str(checkpoints.step)).exists():
-                    message = f"checkpoint {checkpoints.step} of {path}: {error}"
-                    raise InputError(message) from error
+
+    def read(checkpoints: Checkpoints) -> Restored:
+        if checkpoints.step is None:
+            raise InputError(_why_nothing(path, checkpoints.damage, which))
+        checkpoints.warn_of_damage("")
+        if which == "best":
+            _check_best(path, checkpoints)
+        try:
+            return _restore(checkpoints, build)
+        except InputError as error:
+            raise InputError(f"checkpoint {checkpoints.step} of {path}: {error}") from error
+
+    return read_newest(path, read, "best" if which == "best" else "checkpoints")
+
+
+def _check_best(path: Path, best: Checkpoints) -> None:
+    """Refuse a best state of another run than the one whose checkpoints stand beside it."""
+
+    def read(latest: Checkpoints) -> str | None:
+        if latest.step is None:
+            return None
+        return find_mismatch(best, latest.read_config(), read_rows(latest))
+
+    if reason := read_newest(path, read):
+        raise InputError(f"{best.directory} does not belong to this run: {reason}; move it away")
 
 
 def _restore(checkpoints: Checkpoints, build: Build | None) -> Restored:
@@ -133,7 +152,15 @@ def preprocess_of(config: dict[str, Any]) -> Preprocess:
     )
 
 
-def _why_nothing(path: Path, damage: list[str]) -> str:
+def _why_nothing(path: Path, damage: list[str], which: Literal["latest", "best"]) -> str:
+    if which == "best" and (path / "config.json").is_file():
+        if damage:
+            why = f"has lost its best state: {'; '.join(damage)}"
+        elif read_newest(path, _had_validation):
+            why = "has lost its best state: there is none in best/"
+        else:
+            return f"{path} has no best checkpoint: it was trained without --validation"
+        return f"{path} {why}; use the latest one, or train again with another --out"
     if damage:
         return f"{path} has no good checkpoint: {'; '.join(damage)}"
     if (path / "config.json").is_file():
@@ -141,3 +168,10 @@ def _why_nothing(path: Path, damage: list[str]) -> str:
     runs = sorted(str(found.parent) for found in path.glob("*/seed-*/config.json"))
     hint = f"; its runs are {', '.join(runs)}" if runs else " (it has no config.json)"
     return f"{path} is not a run directory{hint}"
+
+
+def _had_validation(checkpoints: Checkpoints) -> bool:
+    """Whether an epoch of the run has a validation error."""
+    if checkpoints.step is None:
+        return False
+    return any("validation_error" in row for row in read_rows(checkpoints))

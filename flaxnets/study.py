@@ -21,7 +21,7 @@ import warnings
 from collections.abc import Container, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from importlib.metadata import version
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -29,9 +29,9 @@ import jax
 
 from flaxnets.config import check_config
 from flaxnets.errors import DamageWarning, InputError
-from flaxnets.files import explained, write_atomic
+from flaxnets.files import explained, set_aside, write_atomic
 from flaxnets.parallel import gather_texts, is_primary, refused_together
-from flaxnets.training.checkpoints import Checkpoints
+from flaxnets.training.checkpoints import Checkpoints, read_newest
 from flaxnets.training.loop import RunResult, write_metrics
 
 FINAL_METRICS: tuple[str, ...] = ("train_error", "test_error", "train_loss", "test_loss")
@@ -45,11 +45,13 @@ SUMMARY: tuple[str, ...] = (
 
 @dataclass(frozen=True)
 class Run:
-    """One run of a study: its config, what it has come to, and whether a checkpoint says so."""
+    """One run of a study: its config, what it has come to, whether a checkpoint says so, and in
+    which environments it was trained."""
 
     config: dict[str, Any]
     result: RunResult
     saved: bool = True
+    environments: Sequence[dict[str, Any]] = ()
 
     @property
     def kind(self) -> str:
@@ -116,25 +118,18 @@ def run_directory(out: Path, kind: str, depth: int, seed: int) -> Path:
     return out / f"{kind}-{depth}" / f"seed-{seed}"
 
 
-def environment() -> dict[str, Any]:
-    """What the numbers were made with; recorded, never compared."""
-    packages = ("flaxnets", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")
-    return {
-        "packages": {name: version(name) for name in packages},
-        "platform": jax.default_backend(),
-        "device_kind": jax.devices()[0].device_kind,
-        "device_count": jax.device_count(),
-        "process_count": jax.process_count(),
-        "xla_flags": os.environ.get("XLA_FLAGS", ""),
-    }
-
-
 def check_place(out: Path, what: Literal["study", "run"] = "study") -> None:
     """Refuse, without writing anything, an `out` that can hold no study, or no run, at all.
 
     Raises:
       InputError: `out` is a file, cannot be written, or holds something else.
     """
+    try:
+        str(out.absolute()).encode()
+    except UnicodeEncodeError as error:
+        raise InputError(
+            f"--out {out}: checkpoints need a path in UTF-8; give another directory"
+        ) from error
     try:
         existing = out
         while not existing.exists() and existing != existing.parent:
@@ -179,10 +174,12 @@ def check_study(
         runs = read_runs(out, planned) if is_primary() else []
     if jax.process_count() > 1:
         # One reads for all: a file that only some could read would set them apart.
-        text = json.dumps([[run.config, vars(run.result), run.saved] for run in runs])
+        text = json.dumps(
+            [[run.config, vars(run.result), run.saved, run.environments] for run in runs]
+        )
         runs = [
-            Run(config, RunResult.from_json(result), saved)
-            for config, result, saved in json.loads(gather_texts(text)[0])
+            Run(config, RunResult.from_json(result), saved, environments)
+            for config, result, saved, environments in json.loads(gather_texts(text)[0])
         ]
     stored = [{key: run.config.get(key) for key in definition} for run in runs if run.saved]
     study = _read_json(out / "study.json")
@@ -250,6 +247,10 @@ def _read_json(path: Path) -> dict[str, Any] | None:
     return value
 
 
+def _read_study(out: Path) -> dict[str, Any]:
+    return _read_json(out / "study.json") or {}
+
+
 def _differences(before: Any, now: Any, name: str = "") -> list[str]:
     if isinstance(before, dict) and isinstance(now, dict):
         return [
@@ -303,19 +304,27 @@ def open_study(
         _check_shared(out)
         runs = check_study(out, definition, configs)
         if is_primary():
-            # A study may grow on another machine.
-            study = _read_json(out / "study.json") or {}
-            environments = study.get("environments")
-            environments = environments if isinstance(environments, list) else []
-            if environment() not in environments:
-                environments.append(environment())
-            text = json.dumps({"study": definition, "environments": environments}, indent=2)
-            write_atomic(out / "study.json", text + "\n")
+            if not _read_study(out) and not runs:
+                _set_foreign_aside(out / "study.json")
+            write_study(out, definition, [each for run in runs for each in run.environments])
             for run in runs:
                 if run.saved:
                     write_config(run_directory(out, *run.key), run.config)
                     write_metrics(run_directory(out, *run.key), run.result.rows)
         yield runs
+
+
+def write_study(
+    out: Path, definition: dict[str, Any], environments: Iterable[dict[str, Any]]
+) -> None:
+    """Write `study.json`, in the primary process: with those `environments` in which runs were
+    trained, and those that it has already."""
+    if is_primary():
+        stored = _read_study(out).get("environments")
+        known = [*(stored if isinstance(stored, list) else []), *environments]
+        known = [each for i, each in enumerate(known) if each not in known[:i]]
+        text = json.dumps({"study": definition, "environments": known}, indent=2)
+        write_atomic(out / "study.json", text + "\n")
 
 
 def _lock_text() -> str:
@@ -336,8 +345,9 @@ def lock_directory(out: Path) -> Iterator[None]:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
+            holder = lock.read().decode(errors="replace")
             raise InputError(
-                f"--out {out} is in use by another process ({lock.read().decode()}); "
+                f"--out {out} is in use by another process ({holder}); "
                 "wait for it or give another directory"
             ) from error
         except OSError as error:
@@ -356,11 +366,31 @@ def _check_shared(out: Path) -> None:
     holder = gather_texts(_lock_text())[0]
     with refused_together():
         path = out / ".lock"
-        if not path.is_file() or path.read_text(encoding="utf-8") != holder:
+        if not path.is_file() or path.read_bytes() != holder.encode():
             raise InputError(
                 f"--out {out} is not the same directory for process {jax.process_index()} as for "
                 "process 0; give one on a file system that all processes share"
             )
+
+
+def _set_foreign_aside(path: Path) -> None:
+    """Rename a file called as one of ours where nothing else says that it is ours."""
+    if path.exists():
+        aside = set_aside(path, "damaged")
+        warnings.warn(f"{path} is set aside as {aside}", DamageWarning, stacklevel=3)
+
+
+def begin_run(directory: Path, config: dict[str, Any]) -> None:
+    """Write the `config.json` of a run that is to be trained, in the primary process.
+
+    One that is there without a checkpoint, and is not that of a run, is somebody else's.
+    """
+    if is_primary() and not any(directory.glob("checkpoints/*")):
+        try:
+            check_config(_read_json(directory / "config.json"))
+        except InputError:
+            _set_foreign_aside(directory / "config.json")
+    write_config(directory, config)
 
 
 def write_config(directory: Path, config: dict[str, Any]) -> None:
@@ -384,28 +414,40 @@ def read_runs(out: Path, planned: Container[Path] = ()) -> list[Run]:
     """
     runs = []
     for directory in _runs(out):
-        with Checkpoints(directory, read_only=True) as checkpoints:
-            checkpoints.warn_of_damage("the run starts anew")
-            saved = checkpoints.step is not None
-            result = RunResult("unfinished", [], 0, 0.0, None)
-            try:
-                if saved:
-                    config = checkpoints.read_config()
-                    result = RunResult.from_json(checkpoints.read_progress())
-                else:
-                    config = _read_json(directory / "config.json")
-                    if config is None:
-                        continue  # nothing has come of it yet
-                check_config(config)
-                if run_directory(out, *run_key(config)) != directory:
-                    raise InputError(f"it is the run {' '.join(map(str, run_key(config)))}")
-            except InputError as error:
-                if saved and directory in planned:
-                    raise InputError(f"{directory}: {error}; move it away") from error
-                warnings.warn(f"{directory} is left out: {error}", DamageWarning, stacklevel=2)
-                continue
-        runs.append(Run(config, result, saved))
+        try:
+            run = read_newest(directory, partial(_read_run, out, directory))
+        except InputError as error:
+            if directory in planned:
+                raise InputError(f"{directory}: {error}; move it away") from error
+            warnings.warn(f"{directory} is left out: {error}", DamageWarning, stacklevel=2)
+            continue
+        if run is not None:
+            runs.append(run)
     return sort_runs(runs)
+
+
+def _read_run(out: Path, directory: Path, checkpoints: Checkpoints) -> Run | None:
+    """The run in `directory`; None where nothing has come of it yet."""
+    checkpoints.warn_of_damage("the run starts anew")
+    saved = checkpoints.step is not None
+    result = RunResult("unfinished", [], 0, 0.0, None)
+    if saved:
+        config = checkpoints.read_config()
+        result = RunResult.from_json(checkpoints.read_progress())
+    elif (config := _read_json(directory / "config.json")) is None:
+        return None
+    try:
+        check_config(config)
+        if run_directory(out, *run_key(config)) != directory:
+            raise InputError(f"it is the run {' '.join(map(str, run_key(config)))}")
+    except InputError as error:
+        if saved:
+            raise
+        # A run that has nothing to lose yet, whoever's config that is.
+        warnings.warn(f"{directory} is left out: {error}", DamageWarning, stacklevel=2)
+        return None
+    environments = checkpoints.read_environments() if saved else []
+    return Run(config, result, saved, environments)
 
 
 def _runs(out: Path) -> list[Path]:

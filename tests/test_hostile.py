@@ -5,6 +5,7 @@ import json
 import random
 import shutil
 import sys
+import time
 import warnings
 from pathlib import Path
 
@@ -13,7 +14,7 @@ import pytest
 import flaxnets
 from flaxnets.errors import DamageWarning
 from flaxnets.manifest import MANIFEST, write_manifest
-from flaxnets.study import check_study
+from flaxnets.study import check_study, read_runs
 
 # Orbax's tasks go on for a moment after an error that has been raised.
 pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
@@ -137,6 +138,30 @@ def test_json_that_is_no_record(run, item, content):
     shutil.copytree(run, study / "plain-8" / "seed-0")
     answer = attempt(lambda: check_study(study, {}, []))
     assert isinstance(answer, str) or not answer
+
+
+@pytest.mark.parametrize("content", ["", "[]"])
+def test_a_report_leaves_out_a_run_without_a_record(study, tmp_path, content):
+    out = shutil.copytree(study.out, tmp_path / "out")
+    run = out / "plain-8" / "seed-0"
+    (run / "checkpoints" / "22" / "progress" / "metadata").write_text(content)
+    sign(run)
+    with pytest.warns(DamageWarning, match="plain-8/seed-0 is left out: "):
+        assert [run.kind for run in read_runs(out)] == ["residual"]
+
+
+@pytest.mark.parametrize("field", [("depth",), ("model", "name")])
+def test_a_network_too_deep_to_build_is_refused_at_once(run, field):
+    path = run / "checkpoints" / "22" / "config" / "metadata"
+    config = json.loads(path.read_text())
+    path.write_text(
+        json.dumps(changed(config, field, 9998 if field == ("depth",) else "cifar_resnet9998"))
+    )
+    sign(run)
+    began = time.perf_counter()
+    with pytest.raises(flaxnets.InputError, match=f"its config has no valid {field[0]}"):
+        flaxnets.restore(run)
+    assert time.perf_counter() - began < 2
 
 
 def test_a_network_of_another_shape(run):

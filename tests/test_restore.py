@@ -59,6 +59,8 @@ def test_what_is_restored(study):
     assert run.model == flaxnets.create_model("cifar_plain8", num_classes=10)
     assert run.preprocess.image_shape == (8, 8, 1)
     assert run.step == 22
+    expected = "Restored(plain-8 of seed 0, step 22, 75,002 parameters, 10 classes)"
+    assert repr(run) == expected
 
 
 def test_a_study_directory_names_its_runs(study):

@@ -6,11 +6,15 @@ import math
 import os
 from pathlib import Path
 
+import numpy as np
 import pytest
+from matplotlib.colors import to_rgb
 from rich.console import Console
 
-from flaxnets import InputError
-from flaxnets.figures import draw_errors
+from flaxnets import InputError, figures
+from flaxnets.environment import record_environment
+from flaxnets.errors import DamageWarning
+from flaxnets.figures import draw_errors, draw_run
 from flaxnets.study import (
     SUMMARY,
     Run,
@@ -19,6 +23,7 @@ from flaxnets.study import (
     group_runs,
     open_study,
     read_runs,
+    write_study,
     write_summary,
 )
 from flaxnets.tables import results_table
@@ -98,13 +103,62 @@ def test_the_figure_takes_whatever_there_is(tmp_path):
     assert (tmp_path / "figure.png").read_bytes().startswith(b"\x89PNG")
 
 
+def test_training_error_stands_out_and_small_errors_can_be_read(tmp_path, monkeypatch):
+    """It was the thin dashed line, the labels belonged to the test error, and a panel of errors
+    below 5 % was crushed."""
+    drawn, write = [], figures.write_figure
+
+    def keep(figure, path, title):
+        drawn.append((figure, path.name))
+        write(figure, path, title)
+
+    monkeypatch.setattr(figures, "write_figure", keep)
+    runs = [
+        made_run(kind, depth, seed, "finished", (90.0, last))
+        for kind, last in (("plain", 50.0), ("residual", 0.0))
+        for depth in (8, 14)
+        for seed in (0, 1)
+    ]
+    networks = group_runs(runs)
+    draw_errors(networks, tmp_path / "figure.png", "title")
+    first = (tmp_path / "figure.svg").read_bytes()
+    draw_errors(networks, tmp_path / "figure.png", "title")
+    assert (tmp_path / "figure.svg").read_bytes() == first
+    figure, _ = drawn[0]
+    assert [name for _, name in drawn[:2]] == ["figure.png", "figure.svg"]
+    for ax, last in zip(figure.axes, (50.0, 0.0), strict=True):
+        train, test, *_ = ax.lines
+        assert train.get_ydata()[-1] == last
+        assert (train.get_linestyle(), test.get_linestyle()) == ("-", "--")
+        assert train.get_linewidth() > 2 * test.get_linewidth()
+        heights = [ax.transAxes.transform((0, text.xy[1]))[1] for text in ax.texts]
+        assert heights[0] == pytest.approx(ax.transData.transform((0, last))[1])  # at its end
+        assert heights[1] - heights[0] >= 0.049 * ax.bbox.height
+    pixels = figure.axes[1].transData.transform([(0, 0), (0, 1), (0, 100)])[:, 1]
+    assert pixels[1] - pixels[0] > 0.1 * (pixels[2] - pixels[0])
+    texts = [text.get_text() for text in figure.legends[1].get_texts()]
+    assert texts == ["training error", "test error", "lowest to highest seed"]
+    assert len(figure.legends[0].get_texts()) == 2  # a line a depth
+
+
+def test_colours_can_be_seen_on_white():
+    for colour in figures.COLOURS:
+        rgb = np.array(to_rgb(colour))
+        linear = np.where(rgb <= 0.04045, rgb / 12.92, ((rgb + 0.055) / 1.055) ** 2.4)
+        assert 1.05 / (linear @ (0.2126, 0.7152, 0.0722) + 0.05) >= 3, colour
+
+
 def test_a_study_is_its_definition(tmp_path):
     out = tmp_path / "new" / "study"
     with open_study(out, DEFINITION):
         stored = json.loads((out / "study.json").read_text())
     assert stored["study"] == DEFINITION
-    (environment,) = stored["environments"]
+    assert stored["environments"] == []  # nothing has been trained
+    for _ in range(2):
+        write_study(out, DEFINITION, [record_environment()])
+    (environment,) = json.loads((out / "study.json").read_text())["environments"]
     assert {"packages", "platform", "device_kind", "device_count"} <= set(environment)
+    assert {"cpu_cores", "x64", "convolutions"} <= set(environment)
     with open_study(out, DEFINITION):
         pass
     changed = {"family": "imagenet", "recipe": {"epochs": 5}}
@@ -112,6 +166,18 @@ def test_a_study_is_its_definition(tmp_path):
     with pytest.raises(InputError, match=message) as raised:
         check_study(out, changed, [])
     assert str(raised.value).endswith(f"use --out {out}-2")
+
+
+def test_a_file_that_may_not_be_ours_is_set_aside(tmp_path):
+    """Nothing else there says that it is a study's."""
+    (tmp_path / "study.json").write_text("my notes")
+    with (
+        pytest.warns(DamageWarning, match=r"study\.json is set aside as .*study\.json\.damaged"),
+        open_study(tmp_path, DEFINITION),
+    ):
+        pass
+    assert (tmp_path / "study.json.damaged").read_text() == "my notes"
+    assert json.loads((tmp_path / "study.json").read_text())["study"] == DEFINITION
 
 
 def test_free_names_are_free(tmp_path):
@@ -162,3 +228,12 @@ def test_runs_are_read_back(study):
     assert names == [("plain", 8, 0), ("residual", 8, 0)]
     assert {run.result.status for run in runs} == {"finished"}
     assert {run.config["parameters"] for run in runs} == {75_002}
+
+
+def test_dollars_and_underscores_in_names_are_no_formulas(tmp_path):
+    kind = "my$x^{$:build"
+    networks = group_runs([made_run(kind, 8, 0), made_run("plain", 8, 0)])
+    draw_errors(networks, tmp_path / "figure.png", "$x^{$" + 40 * " \x1b long")
+    draw_run(networks[0].runs[0].result.rows, tmp_path / "errors.png", "$x^{$")
+    for name in ("figure.png", "errors.png"):
+        assert (tmp_path / name).read_bytes().startswith(b"\x89PNG")

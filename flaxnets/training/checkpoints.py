@@ -2,8 +2,9 @@
 
 A checkpoint is a directory named by its step. It holds everything a run consists of: `variables`
 (params, batch_stats), `training` (optimizer state, step, key, running metrics) and, as JSON,
-`progress`, the run's record so far, and `config`, a copy of its config.json. Its manifest is
-written last: a directory without one is no checkpoint, and one that differs from it is damaged.
+`progress`, the run's record so far, `config`, a copy of its config.json, and `trained_in`, the
+environments of its steps. Its manifest is written last: a directory without one is no checkpoint,
+and one that differs from it is damaged.
 """
 
 import json
@@ -11,18 +12,19 @@ import os
 import re
 import shutil
 import threading
+import time
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
 import orbax.checkpoint as ocp
 
 from flaxnets.errors import DamageWarning, InputError, StorageError
-from flaxnets.files import explained
+from flaxnets.files import explained, set_aside
 from flaxnets.manifest import MANIFEST, find_damage, write_manifest
 from flaxnets.models.stacking import stack_blocks, unstack_blocks
 from flaxnets.parallel import greatest, is_primary
@@ -33,6 +35,11 @@ REPLACED = ".replaced"
 OVERHEAD = 300_000  # bytes of a checkpoint beside its arrays, about
 # Operations of several checkpointers in one process, each of another run, disturb one another.
 ORBAX_AT_WORK = threading.Lock()
+# A reader looks again, so often and after so many seconds, before it says that something is
+# damaged: a run that is being trained completes and removes checkpoints at any moment.
+LOOKS, SECONDS_BETWEEN_LOOKS = 20, 0.05
+
+Found = TypeVar("Found")
 
 
 class Checkpoints:
@@ -62,7 +69,7 @@ class Checkpoints:
         if self.directory.is_symlink():
             raise InputError(f"{self.directory} is a link; link to the whole study instead")
         if read_only:
-            self.step, self.damage = self._find_newest()
+            self.step, self.damage = self._find_newest_at_rest()
             return
         if is_primary():
             with explained(self.directory, 0):
@@ -98,8 +105,20 @@ class Checkpoints:
         for damage in self.damage:
             warnings.warn(f"{damage}; {instead}", DamageWarning, stacklevel=3)
 
+    def set_aside(self, reason: str) -> None:
+        """Rename the newest good checkpoint, which is not this run's, and warn with the reason."""
+        path = self.directory / str(self.step)
+        if is_primary():
+            set_aside(path, "other")
+            warnings.warn(f"{path} is set aside: {reason}", DamageWarning, stacklevel=3)
+        self.step = None
+
     def save(
-        self, state: TrainState, progress: dict[str, Any], config: dict[str, Any] | None = None
+        self,
+        state: TrainState,
+        progress: dict[str, Any],
+        config: dict[str, Any] | None = None,
+        environments: list[dict[str, Any]] | None = None,
     ) -> None:
         """Copy the state and write it in the background; `wait` or the next `save` waits for it.
 
@@ -132,6 +151,7 @@ class Checkpoints:
                         training=ocp.args.StandardSave(training),
                         progress=ocp.args.JsonSave(progress),
                         config=ocp.args.JsonSave(config or {}),
+                        trained_in=ocp.args.JsonSave({"environments": environments or []}),
                     ),
                 )
         except BaseException:
@@ -153,7 +173,9 @@ class Checkpoints:
                 if is_primary():
                     write_manifest(path)
                     self._recover()
-                    for step in self._steps()[: -self._kept]:
+                    # The one just written stays, even where an older file has a higher step.
+                    others = [step for step in self._steps() if step != int(path.name)]
+                    for step in others[: max(0, len(others) + 1 - self._kept)]:
                         _remove(self.directory / str(step))
         except Exception:
             if is_primary() and find_damage(path):
@@ -196,6 +218,10 @@ class Checkpoints:
         if self._saving is not None:
             self._saving.result()
 
+    def is_still_good(self) -> bool:
+        """Whether the newest good checkpoint is one yet."""
+        return self.step is not None and self._find_damage(self.step) is None
+
     def restore(self, like: TrainState) -> TrainState:
         """The newest good state, on the devices and of the shapes of `like`."""
         one_by_one = unstack_blocks(like)
@@ -225,6 +251,17 @@ class Checkpoints:
         """The newest good checkpoint's copy of config.json."""
         return self._read_json("config", self.step)
 
+    def read_environments(self) -> list[dict[str, Any]]:
+        """Those in which the steps of the newest good checkpoint were trained, in their order; none
+        of a checkpoint from before they were recorded."""
+        if not (self.directory / str(self.step) / "trained_in").exists():
+            return []
+        stored = self._read_json("trained_in", self.step)
+        environments = stored.get("environments") if isinstance(stored, dict) else None
+        if not isinstance(environments, list) or not all(isinstance(e, dict) for e in environments):
+            raise InputError("a checkpoint's record of its environments is damaged")
+        return environments
+
     def _read_json(self, item: str, step: int | None) -> Any:
         # Orbax's own reading of them waits for all processes.
         path = self.directory / str(step) / item / "metadata"
@@ -239,14 +276,28 @@ class Checkpoints:
             with ORBAX_AT_WORK:
                 return self._checkpointer.restore(path, args=ocp.args.Composite(**items))
         except Exception as error:  # Orbax has no one error for files that are not as expected
-            raise InputError(f"{path} cannot be read: {type(error).__name__}: {error}") from error
+            # Its text may list every array of the network.
+            reason = (str(error).splitlines() or [""])[0][:300]
+            raise InputError(f"{path} cannot be read: {type(error).__name__}: {reason}") from error
+
+    def _find_newest_at_rest(self) -> tuple[int | None, list[str]]:
+        """As `_find_newest`, twice the same where something is damaged or nothing is there."""
+        found = self._find_newest()
+        for _ in range(LOOKS):
+            if not found[1]:
+                break
+            time.sleep(SECONDS_BETWEEN_LOOKS)
+            before, found = found, self._find_newest()
+            if found == before:
+                break
+        return found
 
     def _find_newest(self) -> tuple[int | None, list[str]]:
         """The newest good step and what is wrong with newer ones."""
         damage = []
         try:
             for step in reversed(self._steps()):
-                reason = find_damage(self.directory / str(step)) or self._misnamed(step)
+                reason = self._find_damage(step) or self._misnamed(step)
                 if reason is None:
                     return step, damage
                 damage.append(f"checkpoint {step} of {self.directory.parent} is damaged ({reason})")
@@ -254,8 +305,19 @@ class Checkpoints:
             raise InputError(f"{self.directory} cannot be read: {error}") from error
         return None, damage
 
+    def _find_damage(self, step: int) -> str | None:
+        try:
+            return find_damage(self.directory / str(step))
+        except FileNotFoundError:
+            return "it is being removed"
+
     def _misnamed(self, step: int) -> str | None:
-        progress = self._read_json("progress", step)
+        try:
+            progress = self._read_json("progress", step)
+        except InputError:
+            if reason := self._find_damage(step):
+                return reason
+            raise
         recorded = progress.get("step") if isinstance(progress, dict) else None
         if type(recorded) is not int or recorded < 0 or recorded == step:
             return None
@@ -286,9 +348,7 @@ class Checkpoints:
                 continue
             path = self.directory / str(step)
             if (path / MANIFEST).exists():
-                aside = path.with_name(f"{step}.damaged")
-                shutil.rmtree(aside, ignore_errors=True)
-                path.rename(aside)
+                set_aside(path, "damaged")
             else:
                 shutil.rmtree(path)
 
@@ -297,11 +357,32 @@ class Checkpoints:
             shutil.rmtree(path, ignore_errors=True)
 
 
+def read_newest(
+    run_directory: Path, read: Callable[[Checkpoints], Found], name: str = "checkpoints"
+) -> Found:
+    """What `read` makes of the newest good checkpoint; again, if a run that is being trained has
+    removed that one meanwhile.
+
+    Raises:
+      InputError: as `read`.
+    """
+    while True:
+        with Checkpoints(run_directory, read_only=True, name=name) as checkpoints:
+            try:
+                return read(checkpoints)
+            except InputError:
+                if checkpoints.step is None or checkpoints.is_still_good():
+                    raise
+
+
 def _is_checkpoint(path: Path) -> bool:
     """Whether it is named by a step and by the look of it a checkpoint, good or not."""
     if not re.fullmatch(r"0|[1-9][0-9]{0,17}", path.name) or path.is_symlink() or not path.is_dir():
         return False
-    names = {child.name for child in path.iterdir()}
+    try:
+        names = {child.name for child in path.iterdir()}
+    except FileNotFoundError:  # removed in this moment
+        return False
     return not names or bool(names & {MANIFEST, "_CHECKPOINT_METADATA", "variables", "training"})
 
 

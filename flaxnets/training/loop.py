@@ -5,6 +5,7 @@ import io
 import json
 import math
 import time
+import warnings
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, closing
@@ -19,9 +20,10 @@ import optax
 from jax.sharding import Mesh
 
 from flaxnets.data.batches import Augmentation, Preprocess, epoch_order
-from flaxnets.data.datasets import Dataset, Split
+from flaxnets.data.datasets import Dataset, Split, refuse_nothing_to_learn
 from flaxnets.data.stream import TrainStream, eval_batches
-from flaxnets.errors import InputError, StorageError
+from flaxnets.environment import describe_change, record_environment
+from flaxnets.errors import DamageWarning, FallbackWarning, InputError, StorageError
 from flaxnets.files import write_atomic
 from flaxnets.parallel import greatest, is_primary, replicate, split_batch
 from flaxnets.training.checkpoints import Checkpoints
@@ -120,7 +122,11 @@ class Program:
           splits: to evaluate; train and test unless given.
           optimizer: the recipe's unless given.
           frozen: see `make_train_step`.
+
+        Raises:
+          InputError: all training images are of one class, or the same.
         """
+        refuse_nothing_to_learn(dataset.name, dataset.train)
         shared = _shared(
             model, depth, recipe, len(dataset.train.labels), dataset.preprocess, mesh, optimizer
         )
@@ -382,8 +388,11 @@ def train_run(
             state = checkpoints.restore(state)
             # A crash may have come after the row of an epoch and before its checkpoint.
             write_metrics(directory, result.rows, program.columns)
+        if best is not None:
+            _check_best(best, result, config)
         if result.status != "unfinished":
             return result
+        environments = _environments(directory, checkpoints)
 
         rows, step = list(result.rows), result.step
         earlier, last_save = result.seconds, time.perf_counter()
@@ -400,7 +409,7 @@ def train_run(
         def save(where: Checkpoints) -> RunResult:
             now = RunResult(status, list(rows), step, seconds(), diverged_step)
             if (status, step, len(rows)) != (result.status, result.step, len(result.rows)):
-                where.save(state, vars(now), config)
+                where.save(state, vars(now), config, environments)
             return now
 
         while True:
@@ -449,6 +458,78 @@ def train_run(
         result = save(checkpoints)
         checkpoints.wait()
         return result
+
+
+def _environments(directory: Path, checkpoints: Checkpoints) -> list[dict[str, Any]]:
+    """Those in which the run has been trained, and this one; a warning says if it changes bits."""
+    stored = checkpoints.read_environments() if checkpoints.step is not None else []
+    now = record_environment()
+    if stored and is_primary() and (change := describe_change(stored[-1], now)):
+        warnings.warn(f"{directory} is resumed where {change}", FallbackWarning, stacklevel=3)
+    return [*(each for each in stored if each != now), now]
+
+
+def _check_best(best: Checkpoints, result: RunResult, config: dict[str, Any] | None) -> None:
+    """Set aside a `best/` that does not belong to this run, and warn if its own is lost.
+
+    It may be later than the newest checkpoint: a crash may have come between the two.
+    """
+    best.warn_of_damage("it is set aside")
+    if best.step is not None:
+        try:
+            reason = find_mismatch(best, json.loads(json.dumps(config or {})), result.rows)
+        except InputError as error:
+            reason = str(error)
+        # Every process has read it before the primary one renames it.
+        if greatest(reason is not None):
+            best.set_aside(reason or "its record is another run's")
+    epoch = best_epoch(result.rows)
+    if best.step is None and epoch is not None and is_primary():
+        row = result.rows[epoch]
+        instead = (
+            "train with another --out to have it again"
+            if result.status != "unfinished"
+            else "a later epoch is kept only if it is better"
+        )
+        warnings.warn(
+            f"{best.directory}: the state of the lowest validation error, "
+            f"{row['validation_error']:.2f} % after epoch {row['epoch']}, is lost; {instead}",
+            DamageWarning,
+            stacklevel=3,
+        )
+
+
+def find_mismatch(best: Checkpoints, config: Any, rows: list[dict[str, Any]]) -> str | None:
+    """Why the state in `best` is not the best one of the run of `config` and `rows`, or None."""
+    if best.read_config() != config:
+        return "its config is another run's"
+    stored = read_rows(best)
+    # Text, in which NaN equals NaN; times differ where an epoch was trained twice.
+    own, other = (
+        [json.dumps({**row, "seconds": 0}, sort_keys=True) for row in each]
+        for each in (rows, stored)
+    )
+    shared = min(len(own), len(other))
+    if own[:shared] != other[:shared]:
+        return "its record is another run's"
+    longer = max(rows, stored, key=len)
+    epoch = best_epoch(longer)
+    if epoch is not None and longer[epoch]["step"] != best.step:
+        return "it is not the state of this run's lowest validation error"
+    return None
+
+
+def read_rows(checkpoints: Checkpoints) -> list[dict[str, Any]]:
+    """The rows of `metrics.csv` that the newest good checkpoint has, whatever splits they are of.
+
+    Raises:
+      InputError: its record is not that of a run.
+    """
+    progress = checkpoints.read_progress()
+    rows = progress.get("rows") if isinstance(progress, dict) else None
+    first = rows[0] if isinstance(rows, list) and rows else {}
+    columns = tuple(first) if isinstance(first, dict) else ()
+    return RunResult.from_json(progress, columns).rows
 
 
 def _lost_patience(program: Program, rows: list[dict[str, Any]]) -> bool:

@@ -1,16 +1,21 @@
 """Damage to checkpoints is found, named and mended, and costs no bit."""
 
 import errno
+import json
 import os
 import shutil
 import stat
+import threading
+import time
+import warnings
 
 import numpy as np
 import pytest
 
-from flaxnets.errors import DamageWarning, InputError, StorageError
+from flaxnets.errors import DamageWarning, FallbackWarning, InputError, StorageError
 from flaxnets.manifest import MANIFEST, find_damage, write_manifest
-from flaxnets.training import CheckpointEvery, Checkpoints, train_run
+from flaxnets.training import CheckpointEvery, Checkpoints, checkpoints, train_run
+from flaxnets.training.checkpoints import read_newest
 from tests.helpers import stop_at
 
 
@@ -253,3 +258,60 @@ def test_a_manifest_lists_what_is_there(tmp_path):
     assert find_damage(tmp_path) is None
     (tmp_path / MANIFEST).write_bytes(b"\xff\xfe")
     assert find_damage(tmp_path) == f"{MANIFEST} is damaged"
+
+
+@pytest.fixture
+def writer(tmp_path):
+    """A thread that completes and removes small checkpoints without a pause, as a run does."""
+    directory, done = tmp_path / "checkpoints", threading.Event()
+    directory.mkdir()
+
+    def write():
+        for step in range(1, 1_000_000):
+            new = directory / f"{step}.orbax-checkpoint-tmp"
+            for item, content in (("variables", {}), ("progress", {"step": step}), ("config", {})):
+                (new / item).mkdir(parents=True)
+                (new / item / "metadata").write_text(json.dumps(content))
+            path = new.rename(directory / str(step))
+            write_manifest(path)
+            if step > 2:
+                checkpoints._remove(directory / str(step - 2))
+            if done.is_set():
+                return
+
+    thread = threading.Thread(target=write)
+    thread.start()
+    while not (directory / "4").exists():
+        time.sleep(0.01)
+    yield tmp_path
+    done.set()
+    thread.join()
+
+
+def test_a_run_that_is_being_saved_is_read_without_false_alarms(writer):
+    for _ in range(60):
+        with Checkpoints(writer, read_only=True) as found:
+            assert found.damage == []
+            assert found.step is not None
+        step, progress = read_newest(writer, lambda found: (found.step, found.read_progress()))
+        assert progress == {"step": step}
+
+
+def test_another_number_of_cores_is_said_when_a_run_is_resumed(program, run, monkeypatch):
+    """It changes the last bits; a run from before that was recorded is resumed without a word."""
+    (before,) = Checkpoints(run, read_only=True).read_environments()
+    cores = before["cpu_cores"]
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "sched_getaffinity", lambda _: set(range(cores + 1)))
+        message = f"cpu_cores was {cores} and is {cores + 1}: it will not end bit for bit as if"
+        with pytest.warns(FallbackWarning, match=message):
+            train_run(program, 0, run, *stop_at(24))
+    both = Checkpoints(run, read_only=True).read_environments()
+    assert both == [before, {**before, "cpu_cores": cores + 1}]
+    for step in ("23", "24"):
+        shutil.rmtree(run / "checkpoints" / step / "trained_in")
+        (run / "checkpoints" / step / MANIFEST).unlink()
+        write_manifest(run / "checkpoints" / step)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", FallbackWarning)
+        train_run(program, 0, run, *stop_at(25))
