@@ -1,8 +1,5 @@
 """Pictures of what a network gets wrong: its confusion matrix, and the images themselves."""
 
-import io
-import textwrap
-import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -13,7 +10,8 @@ from matplotlib.colors import PowerNorm
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 
-from flaxnets.files import write_atomic
+from flaxnets.figures import write_figure
+from flaxnets.text import shorten
 
 # Of the confusion matrix: inches a class, and the whole at least and at most.
 CELL, SMALLEST, LARGEST = 0.46, 2.6, 14.0
@@ -61,8 +59,7 @@ def draw_confusion(
     bar.set_ticks([0, 1, 5, 10, 25, 50, 75, 100])
     bar.outline.set_visible(False)  # pyright: ignore[reportCallIssue]
     ax.spines[:].set_color("0.8")
-    _set_title(figure, title)
-    _write(figure, path)
+    write_figure(figure, path, title)
 
 
 def _name_classes(ax: Axes, class_names: Sequence[str], cell: float) -> None:
@@ -93,7 +90,6 @@ def draw_contact_sheet(
     rows = -(-len(images) // COLUMNS)
     height = PICTURE + 0.14 * lines + 0.16  # inches, of a picture with its caption
     figure = Figure(figsize=(WIDTH * COLUMNS, TITLE + height * rows))
-    _set_title(figure, title, y=1 - 0.1 / figure.get_figheight(), va="top")
     # One pair of axes in inches: with one for each picture it takes five times as long.
     ax = figure.add_axes((0, 0, 1, 1))
     for i, (image, caption) in enumerate(zip(images, captions, strict=True)):
@@ -109,26 +105,4 @@ def draw_contact_sheet(
     ax.set_xlim(0, figure.get_figwidth())
     ax.set_ylim(0, figure.get_figheight())
     ax.axis("off")
-    _write(figure, path)
-
-
-def _set_title(figure: Figure, title: str, **place: Any) -> None:
-    # Matplotlib's own wrapping would take dollar signs for formulas.
-    width = int(11 * figure.get_figwidth())  # characters
-    lines = [textwrap.fill(shorten(line, 300), width) for line in title.splitlines()]
-    figure.suptitle("\n".join(lines), fontsize="medium", parse_math=False, **place)
-
-
-def shorten(text: str, most: int) -> str:
-    """`text` in at most so many characters, without any that could not be printed or drawn."""
-    text = "".join(c if c.isprintable() else "?" for c in text)
-    return text if len(text) <= most else f"{text[: most - 1]}…"
-
-
-def _write(figure: Figure, path: Path) -> None:
-    picture = io.BytesIO()
-    with warnings.catch_warnings():
-        # Of scripts that the font does not have: boxes are drawn.
-        warnings.filterwarnings("ignore", "Glyph .* missing from", UserWarning)
-        figure.savefig(picture, dpi=160, format=path.suffix.lstrip("."))
-    write_atomic(path, picture.getvalue())
+    write_figure(figure, path, title, y=1 - 0.1 / figure.get_figheight(), va="top")

@@ -95,7 +95,7 @@ function drawErrors(place, runs) {
     return html("div", { class: "legend" },
       group("depth", ...depths.map((depth) => {
         const line = lines.find((other) => other.run.depth === depth);
-        return button(`depth ${depth}`, sample("test", colour(line)), String(depth));
+        return button(`depth ${depth}`, sample("train", colour(line)), String(depth));
       })),
       group("line", ...Object.entries(METRICS).map(([metric, name]) =>
         button(metric, sample(metric, "currentColor"), name))),
@@ -192,7 +192,7 @@ function drawErrors(place, runs) {
       line.element.style.stroke = colour(line);
       parts.push(line.element);
       if (points.length === 1 && points[0]) { // a path of one point cannot be seen
-        const dot = svg("circle", { cx: points[0][0], cy: points[0][1], r: line.metric === "test" ? 3 : 1.5 });
+        const dot = svg("circle", { cx: points[0][0], cy: points[0][1], r: line.metric === "train" ? 3 : 1.5 });
         dot.style.fill = colour(line);
         parts.push(dot);
       }
@@ -210,7 +210,7 @@ function drawErrors(place, runs) {
 
   // Each depth beside the end of its lines, moved up where two would overlap.
   function labelEnds(panel) {
-    const metric = off.has("test") ? "train" : "test";
+    const metric = off.has("train") ? "test" : "train";
     const ends = depths.map((depth) => {
       let found = panel.lines.filter((line) => line.run.depth === depth && line.metric === metric && line.errors.at(-1) !== null);
       // Of seeds that are not equally far, those that got furthest.

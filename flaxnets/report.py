@@ -18,6 +18,7 @@ from string import Template
 from typing import Any
 
 from flaxnets.comparison import compare_depths, describe_differences
+from flaxnets.conclusion import conclude
 from flaxnets.console import duration
 from flaxnets.errors import DamageWarning
 from flaxnets.figures import COLOURS
@@ -71,7 +72,7 @@ def make_report(
         script_hash=_hash(script),
         title=_text(_title(networks)),
         subtitle=_text(_subtitle(configs)),
-        lead=_text(" ".join(summarise(networks))),
+        lead=_text(conclude(networks, _total_steps(configs[0]) if configs else None)),
         figure=_figure(lines, picture),
         tables=_tables(networks),
         diagnostics=_diagnostics(diagnostics),
@@ -162,40 +163,7 @@ def _readable(run: Run) -> Run:
     return replace(run, result=replace(run.result, rows=rows, step=step, seconds=seconds))
 
 
-# What was found, in words.
-
-
-def summarise(networks: Sequence[Network]) -> list[str]:
-    """Sentences about training error and depth, made from the table."""
-    if not networks:
-        return ["No run has been begun yet."]
-    sentences = []
-    for name, members in curves(networks).items():
-        errors = {n.depth: n.mean("train_error") for n in members}
-        errors = {depth: error for depth, error in errors.items() if not math.isnan(error)}
-        named = [f"{error:.1f}\u00a0% at depth\u00a0{depth}" for depth, error in errors.items()]
-        if not errors:
-            sentences.append(f"No run of {name} has finished.")
-        elif len(errors) == 1:
-            sentences.append(f"The training error of {name} is {named[0]}.")
-        else:
-            first, *between, last = errors.values()
-            verb = (
-                "rises" if last - first >= 1 else "falls" if first - last >= 1 else "hardly moves"
-            )
-            sentence = (
-                f"The training error of {name} {verb} with depth, from {named[0]} to {named[-1]}"
-            )
-            if between and max(between) >= max(first, last) + 1:
-                sentence += f", with {named[1 + between.index(max(between))]} in between"
-            sentences.append(sentence + ".")
-    if any(len(network.finished) > 1 for network in networks):
-        sentences.append("These are means over seeds.")
-    states = [run.result.status for network in networks for run in network.runs]
-    lost = [f"{states.count(s)} {s}" for s in ("unfinished", "diverged") if s in states]
-    if lost:
-        sentences.append(f"Of {len(states)} runs, {_listed(lost)} are left out here.")
-    return sentences
+# What the study is.
 
 
 def _title(networks: Sequence[Network]) -> str:
