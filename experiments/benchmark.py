@@ -16,6 +16,12 @@ Contenders, beside this library ("ours"):
   seeds-together   ours, the networks of 4 seeds trained as one; images of all four are counted
 """
 
+import signal
+
+if __name__ == "__main__":
+    # Importing takes seconds: until `run_command`, Ctrl-C ends the process without a traceback.
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
 import argparse
 import contextlib
 import importlib.metadata

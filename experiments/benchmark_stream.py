@@ -17,6 +17,12 @@ Contenders:
 Afterwards, the memory of this process and its workers after each of 5 epochs.
 """
 
+import signal
+
+if __name__ == "__main__":
+    # Importing takes seconds: until `run_command`, Ctrl-C ends the process without a traceback.
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
 import argparse
 import importlib.util
 import io

@@ -8,9 +8,14 @@ He et al. (2015), "Deep Residual Learning for Image Recognition". The same comma
 where it was; more kinds, depths or seeds add to what is there.
 """
 
+import signal
+
+if __name__ == "__main__":
+    # Importing takes seconds: until `run_command`, Ctrl-C ends the process without a traceback.
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
 import argparse
 import importlib
-import math
 import os
 import shlex
 import sys
@@ -29,7 +34,8 @@ from jax.sharding import Mesh
 from rich.console import Console
 from rich.table import Table
 
-from flaxnets.config import DTYPES
+from flaxnets.conclusion import conclude, count_seeds
+from flaxnets.config import DEEPEST, DTYPES
 from flaxnets.console import (
     ArgumentParser,
     Interruption,
@@ -48,6 +54,7 @@ from flaxnets.console import (
 )
 from flaxnets.data import Dataset, find_dataset, load_dataset
 from flaxnets.diagnostics import GradientLog
+from flaxnets.environment import record_environment
 from flaxnets.errors import InputError
 from flaxnets.figures import draw_errors
 from flaxnets.memory import keep_memory
@@ -63,8 +70,8 @@ from flaxnets.parallel import (
 )
 from flaxnets.restore import build_model
 from flaxnets.study import (
-    Network,
     Run,
+    begin_run,
     check_place,
     check_processes_agree,
     check_study,
@@ -74,7 +81,7 @@ from flaxnets.study import (
     run_directory,
     run_key,
     sort_runs,
-    write_config,
+    write_study,
     write_summary,
 )
 from flaxnets.tables import blocks, differences_table, millions, network_name, results_table
@@ -89,7 +96,6 @@ from flaxnets.training import (
 )
 from flaxnets.training.estimate import measure_speed
 
-DEEPEST = 1202  # of the paper
 # Of the cifar family. Deeper ones, unrolled, would take minutes to compile and much memory.
 DEEPEST_UNROLLED = 110
 
@@ -161,6 +167,7 @@ def main(arguments: list[str] | None = None) -> int:
             args.workers or default_workers(),
             interruption,
             args.log_gradients,
+            definition,
         )
 
         # The table and the figure, of all that the directory holds.
@@ -181,7 +188,7 @@ def main(arguments: list[str] | None = None) -> int:
     differences = differences_table(curves(networks).values())
     if differences is not None:
         console.print(differences)
-    console.print(conclusion(networks, updates), soft_wrap=True)
+    console.print(conclude(networks, updates), soft_wrap=True)
     console.print(f"figure: {figure}", soft_wrap=True)
     return 0
 
@@ -197,6 +204,7 @@ def train_study(
     workers: int,
     interruption: Interruption,
     log_gradients: bool,
+    definition: dict[str, Any],
 ) -> list[Run]:
     """Train what is not finished yet, `workers` networks at a time, and give all runs there are.
 
@@ -236,7 +244,7 @@ def train_study(
             if stop():
                 return
             directory = run_directory(out, *run_key(config))
-            write_config(directory, config)
+            begin_run(directory, config)
             name = f"{planned.kind}-{planned.depth} seed {config['seed']}"
             run = progress.start_run(
                 name, planned.cost.work, total_steps, examples // batch_size, batch_size
@@ -265,6 +273,7 @@ def train_study(
                 run.end(f"{name}: {describe(result)}")
                 known[run_key(config)] = Run(config, result)
                 write_summary(out, sort_runs(known.values()))
+                write_study(out, definition, [record_environment()])
             interruption.unsaved.discard(run)
 
     def train(planned: Planned) -> None:
@@ -564,78 +573,6 @@ def print_plan(console: Console, plan: list[Planned], dataset: Dataset, recipe: 
         f"{runs} runs of {steps:,} updates; about {duration(seconds)} here, "
         "going by a few steps of a small network"
     )
-
-
-def conclusion(networks: list[Network], updates: int) -> str:
-    """What the numbers show about training error and depth, in sentences made from them."""
-    clauses = []
-    rises: dict[str, list[float]] = {"plain": [], "residual": []}  # in points, by curve
-    for curve, members in curves(networks).items():
-        done = [network for network in members if network.finished]
-        errors = [network.mean("train_error") for network in done]
-        listed = ", ".join(f"{e:.1f} % at {n.depth}" for n, e in zip(done, errors, strict=True))
-        rise = errors[-1] - errors[0] if errors else 0.0
-        if len(done) < 2:
-            verdict = "is known at too few depths to compare"
-        elif rise < 1:
-            verdict = "does not rise with depth"
-        elif errors == sorted(errors):
-            verdict = "rises with depth"
-        else:
-            verdict = "is higher at the greatest depth than at the least, though not in order"
-        clauses.append(f"that of {curve} {verdict} ({listed or 'none finished'})")
-        if len(done) > 1:
-            rises.setdefault(members[0].kind, []).append(rise)
-    finding = ""
-    if rises["plain"] and max(rises["plain"]) < 1:
-        finding = ": no degradation in these numbers"
-    elif rises["plain"] and min(rises["plain"]) >= 1:
-        finding = ": the degradation problem"
-        if rises["residual"] and max(rises["residual"]) < 1:
-            finding += ", and residual learning curing it"
-        elif rises["residual"]:
-            points = {kind: max(rises[kind]) for kind in ("plain", "residual")}
-            finding += (
-                f", in both kinds, by {points['plain']:.1f} points in plain networks and by "
-                f"{points['residual']:.1f} in residual ones"
-            )
-    clauses[0] = clauses[0].replace("that", "the training error", 1)
-    sentences = [
-        f"After {updates:,} updates from {count_seeds(networks)}, {', '.join(clauses)}{finding}."
-    ]
-
-    lost = sum(len(network.runs) - len(network.finished) for network in networks)
-    if lost:
-        sentences.append(f"Runs that did not finish, left out of the means: {lost}.")
-    movement = [(f"{n.kind}-{n.depth}", last_movement(run)) for n in networks for run in n.finished]
-    moving = list(dict.fromkeys(name for name, points in movement if points >= 1))
-    if moving:
-        sentences.append(
-            f"Not converged: over the last quarter the training error of {', '.join(moving)} moved "
-            "by a point or more."
-        )
-    elif any(math.isnan(points) for _, points in movement):
-        sentences.append("Too few epochs to tell whether training has converged.")
-    elif movement:
-        sentences.append("Converged: no training error moved by a point over the last quarter.")
-    return " ".join(sentences)
-
-
-def count_seeds(networks: list[Network]) -> str:
-    counts = sorted({len(network.runs) for network in networks})
-    if counts == [1]:
-        return "one seed"
-    return f"{' to '.join(map(str, dict.fromkeys((counts[0], counts[-1]))))} seeds"
-
-
-def last_movement(run: Run) -> float:
-    """Points that training error moved over the last quarter of a run; NaN if it has no row from
-    before."""
-    rows = run.result.rows
-    quarter = 0.75 * run.result.step
-    before = [row["train_error"] for row in rows if row["step"] <= quarter][-1:]
-    last = [row["train_error"] for row in rows if row["step"] > quarter] + before
-    return max(last) - min(last) if before else math.nan
 
 
 if __name__ == "__main__":

@@ -7,6 +7,12 @@ The recipe takes the cell with the *lowest* error, so that it is not tuned to ma
 look bad.
 """
 
+import signal
+
+if __name__ == "__main__":
+    # Importing takes seconds: until `run_command`, Ctrl-C ends the process without a traceback.
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
 import sys
 import tempfile
 from dataclasses import replace

@@ -8,6 +8,12 @@ classes. PyTorch weights are measured on images of the size that the network is 
 normalised with ImageNet's mean and standard deviation, as torchvision does it.
 """
 
+import signal
+
+if __name__ == "__main__":
+    # Importing takes seconds: until `run_command`, Ctrl-C ends the process without a traceback.
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
 import argparse
 import csv
 import io
@@ -27,7 +33,7 @@ from rich.console import Console
 from rich.table import Table
 
 from flaxnets.config import DATASET_NAME
-from flaxnets.console import ArgumentParser, check_choice, plain_console, run_command
+from flaxnets.console import ArgumentParser, CheckProgress, check_choice, plain_console, run_command
 from flaxnets.data import Dataset, Preprocess, Split, find_dataset, load_dataset
 from flaxnets.data.batches import imagenet_statistics
 from flaxnets.data.datasets import DatasetInfo
@@ -51,8 +57,9 @@ from flaxnets.evaluation import (
 )
 from flaxnets.files import explained, write_atomic
 from flaxnets.models import create_model, published_image_shape
-from flaxnets.pictures import draw_confusion, draw_contact_sheet, shorten
+from flaxnets.pictures import draw_confusion, draw_contact_sheet
 from flaxnets.restore import Restored, restore
+from flaxnets.text import shorten
 from flaxnets.torch_weights import load_torch
 
 WEIGHTS = (".safetensors", ".pth", ".pt", ".th")
@@ -226,10 +233,8 @@ def find_source(
 ) -> DatasetInfo | StreamedDataset:
     """A data set whose images are still to be read: those of differing sizes as a stream."""
     if name.startswith("folder:"):
-        found = find_folder(name.removeprefix("folder:"), skip_unreadable)
-        for skipped in found.skipped:
-            print(f"warning: {shorten(skipped, 200)} cannot be read: skipped", file=sys.stderr)
-        return found
+        path = name.removeprefix("folder:")
+        return find_folder(path, skip_unreadable, on_progress=CheckProgress())
     info = find_dataset(name, data_dir)
     mixed = None in info.builder.info.features[info.image_key].shape[:2]
     return find_tfds_stream(name, data_dir) if mixed or streamed else info

@@ -5,6 +5,12 @@ python experiments/predict.py runs/train/folder-resnet18/seed-0 cat.jpg dog.png
 Of each picture the same part is looked at, at the same size, as when the network was measured.
 """
 
+import signal
+
+if __name__ == "__main__":
+    # Importing takes seconds: until `run_command`, Ctrl-C ends the process without a traceback.
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
 import argparse
 import sys
 from functools import partial
@@ -23,8 +29,8 @@ from flaxnets.evaluation import (
     evaluation_batch,
     evaluation_fraction,
 )
-from flaxnets.pictures import shorten
 from flaxnets.restore import restore
+from flaxnets.text import shorten
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -9,12 +9,17 @@ schedule, length and augmentation; each of its fields can be given another value
 again continues where it was.
 """
 
+import signal
+
+if __name__ == "__main__":
+    # Importing takes seconds: until `run_command`, Ctrl-C ends the process without a traceback.
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
 import argparse
 import contextlib
 import hashlib
 import importlib.util
 import json
-import re
 import shlex
 import sys
 import types
@@ -32,9 +37,10 @@ from rich import box
 from rich.table import Table
 
 import flaxnets
-from flaxnets.config import DTYPES
+from flaxnets.config import DEEPEST, DTYPES, check_config, is_network
 from flaxnets.console import (
     ArgumentParser,
+    CheckProgress,
     Interruption,
     StudyProgress,
     check_batch_size,
@@ -60,14 +66,24 @@ from flaxnets.figures import draw_run
 from flaxnets.files import explained, write_atomic
 from flaxnets.memory import keep_memory
 from flaxnets.models import create_model, published_image_shape
-from flaxnets.models.cost import count_cost
+from flaxnets.models.cost import count_cost, count_depth
 from flaxnets.models.resnet import ResNet
 from flaxnets.parallel import data_mesh, make_deterministic, replicate
-from flaxnets.restore import restore
-from flaxnets.study import check_place, check_run, environment, lock_directory, write_config
+from flaxnets.restore import preprocess_of, restore
+from flaxnets.study import begin_run, check_place, check_run, lock_directory
 from flaxnets.tables import millions
 from flaxnets.tensorboard import open_tensorboard
-from flaxnets.training import RECIPES, Program, Progress, Recipe, RunResult, TrainState, train_run
+from flaxnets.training import (
+    RECIPES,
+    Checkpoints,
+    Program,
+    Progress,
+    Recipe,
+    RunResult,
+    TrainState,
+    train_run,
+)
+from flaxnets.training.checkpoints import read_newest
 from flaxnets.training.loop import best_epoch
 from flaxnets.training.recipes import CHOICES, PRESETS
 
@@ -95,7 +111,7 @@ def main(arguments: list[str] | None = None) -> int:
     train_rows, validation_rows = split_off_validation(args, dataset, recipe)
     num_train = len(train_rows)
     check_batch(recipe, num_train)
-    start = read_start(args, dataset)
+    start = read_start(args, dataset, read_begun(out))
     preprocess = choose_preprocess(args, dataset, recipe, start)
     model, cost, config = plan_run(
         args, dataset, recipe, preprocess, num_train, len(validation_rows)
@@ -156,7 +172,9 @@ def main(arguments: list[str] | None = None) -> int:
             title = f"{args.model} on {args.dataset}, recipe {recipe.name}, seed {args.seed}"
             draw_run(result.rows, out / "errors.png", title)
         interruption.unsaved.discard(name)
-        run.end(f"{name}: {describe(result)}")
+        write_environments(out)
+        with Checkpoints(out, read_only=True, name="best") as best:
+            run.end(f"{name}: {describe(result, best.step)}")
     if interruption.signal is not None and result.status == "unfinished":
         interruption.say_how_to_continue()
         return interruption.exit_status
@@ -172,9 +190,9 @@ def open_data(args: argparse.Namespace, recipe: Recipe) -> Dataset | StreamedDat
     """The images, in memory or as a stream; which, goes by their size unless it is forced."""
     size = recipe.image_size
     if args.dataset.startswith("folder:"):
-        streamed = find_folder(args.dataset.removeprefix("folder:"), args.skip_unreadable)
-        for name in streamed.skipped:
-            print(f"warning: {name} cannot be read and is skipped", file=sys.stderr)
+        streamed = find_folder(
+            args.dataset.removeprefix("folder:"), args.skip_unreadable, on_progress=CheckProgress()
+        )
         size = size or published_image_shape(args.model)[0]
         pixels = size * size * streamed.channels
         count = len(streamed.train) + len(streamed.test)
@@ -329,8 +347,11 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
         raise InputError("--tensorboard needs tensorboardX: pip install -e '.[tensorboard]'")
     if args.freeze_backbone and args.init_from is None:
         raise InputError("--freeze-backbone needs --init-from: a backbone at random is of no use")
-    depth = re.search(r"\d+", args.model)
-    args.depth = int(depth[0]) if depth else 0
+    if not is_network(args.model):
+        raise InputError(
+            f"--model {args.model}: networks of up to {DEEPEST} layers can be restored"
+        )
+    args.depth = count_depth(create_model(args.model), published_image_shape(args.model))
     return args
 
 
@@ -465,30 +486,49 @@ def choose_optimizer(
 class Start(NamedTuple):
     """Weights of --init-from."""
 
-    variables: dict[str, Any]
+    variables: dict[str, Any] | None  # gone, and needed no more
     keeps_head: bool
     preprocess: Preprocess | None  # PyTorch weights do not say
     origin: dict[str, str]  # for the config
 
 
-def read_start(args: argparse.Namespace, dataset: Dataset | StreamedDataset) -> Start | None:
+def read_start(
+    args: argparse.Namespace, dataset: Dataset | StreamedDataset, begun: dict[str, Any] | None
+) -> Start | None:
+    """The weights of --init-from; `begun` is the config of a run that has started already, and
+    which needs them no more."""
     path = args.init_from
     if path is None:
         return None
+    origin = begun.get("init_from") if begun is not None else None
+    if isinstance(origin, dict) and origin.get("path") == str(path) and not path.exists():
+        assert begun is not None
+        return Start(None, True, preprocess_of(begun), origin)
     if path.is_dir():
         run = restore(path)
+        # Runs from before have the step in place of a digest.
+        former = {"path": str(path), "digest": f"step {run.step}"}
         return Start(
             jax.device_get(run.variables),
             run.class_names == tuple(dataset.class_names),
             run.preprocess,
-            {"path": str(path), "digest": f"step {run.step}"},
+            former if origin == former else {"path": str(path), "digest": digest(run.variables)},
         )
     if not path.is_file():
         raise InputError(f"--init-from {path}: there is no such run directory or file")
     _, variables = flaxnets.load_torch(args.model, path, num_classes=dataset.num_classes)
-    digest = hashlib.sha256(path.read_bytes()).hexdigest()
+    of_file = hashlib.sha256(path.read_bytes()).hexdigest()
     # `load_torch` has made a new head where the classes differ.
-    return Start(variables, True, None, {"path": str(path), "digest": digest})
+    return Start(variables, True, None, {"path": str(path), "digest": of_file})
+
+
+def digest(variables: dict[str, Any]) -> str:
+    """sha256 over the names and values of all arrays."""
+    sha256 = hashlib.sha256()
+    for path, leaf in jax.tree.leaves_with_path(variables):
+        sha256.update(jax.tree_util.keystr(path).encode())
+        sha256.update(np.ascontiguousarray(leaf).data)
+    return sha256.hexdigest()
 
 
 def begin_from(
@@ -497,11 +537,20 @@ def begin_from(
     """What turns the first state of a run into one with the weights to start from."""
     if start is None:
         return lambda state: state
+    weights = start.variables
+    if weights is None:
+
+        def refuse(state: TrainState) -> TrainState:
+            raise InputError(
+                f"--init-from {args.init_from} is gone, and this run has to start anew"
+            )
+
+        return refuse
 
     def fitted(params: Any, stats: Any) -> tuple[Any, Any]:
         return (
-            take(params, start.variables["params"], start.keeps_head, args.init_from),
-            take(stats, start.variables.get("batch_stats", {}), True, args.init_from),
+            take(params, weights["params"], start.keeps_head, args.init_from),
+            take(stats, weights.get("batch_stats", {}), True, args.init_from),
         )
 
     def begin(state: TrainState) -> TrainState:
@@ -541,13 +590,33 @@ def open_run(out: Path, config: dict[str, Any]) -> Iterator[None]:
         out.mkdir(parents=True, exist_ok=True)
     with lock_directory(out):
         check_run(out, config)
-        write_config(out, config)
-        write_atomic(out / "environment.json", json.dumps(environment(), indent=2) + "\n")
+        begin_run(out, config)
         yield
 
 
-def describe(result: RunResult) -> str:
-    """A run in a few words."""
+def read_begun(out: Path) -> dict[str, Any] | None:
+    """The config of the run in `out`, if it has a checkpoint."""
+
+    def read(newest: Checkpoints) -> dict[str, Any] | None:
+        if newest.step is None:
+            return None
+        config = newest.read_config()
+        check_config(config)
+        return config
+
+    return read_newest(out, read)
+
+
+def write_environments(out: Path) -> None:
+    """`environment.json`: those in which the run has been trained, in their order."""
+    with Checkpoints(out, read_only=True) as checkpoints:
+        environments = checkpoints.read_environments() if checkpoints.step is not None else []
+    if environments:  # none are known of a run from before they were recorded
+        write_atomic(out / "environment.json", json.dumps(environments, indent=2) + "\n")
+
+
+def describe(result: RunResult, best_step: int | None) -> str:
+    """A run in a few words; `best_step` is that of the best state, if it is kept."""
     if result.status == "unfinished":
         return f"stopped at step {result.step}"
     if result.status == "diverged":
@@ -564,6 +633,8 @@ def describe(result: RunResult) -> str:
             f"; at the lowest validation error, {row['validation_error']:.2f} % after epoch "
             f"{row['epoch']}, test error {row['test_error']:.2f} %"
         )
+        if row["step"] != best_step:
+            words += " (that state is lost)"
     return f"{words}; {duration(result.seconds)}"
 
 

@@ -1,6 +1,8 @@
 """What the commands share: arguments and errors in one line, signals, progress."""
 
 import argparse
+import contextlib
+import io
 import logging
 import math
 import os
@@ -26,8 +28,9 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
-from flaxnets.errors import DamageWarning, InputError, StorageError, nearest
+from flaxnets.errors import FallbackWarning, InputError, StorageError, nearest
 from flaxnets.parallel import greatest
+from flaxnets.text import printable
 from flaxnets.training.loop import CheckpointEvery, Progress
 
 QUESTIONS_BETWEEN_AGREEMENTS = 10
@@ -53,8 +56,55 @@ class ArgumentParser(argparse.ArgumentParser):
         return known
 
 
+class _LenientFile(io.FileIO):
+    """A standard stream whose failures are ignored: a full disk below a log, a reader that has
+    left or a vanished terminal must not end work of hours."""
+
+    def write(self, data: Any) -> int:
+        try:
+            # A non-blocking stream that is full returns None.
+            return super().write(data) or len(data)
+        except OSError:
+            return len(data)
+
+
+def _make_output_safe() -> None:
+    """Let no failure to print, nor a character that the encoding lacks, end this process."""
+    for number, name in enumerate(("stdin", "stdout", "stderr")):
+        try:
+            os.fstat(number)
+        except OSError:
+            # Closed. The next file to be opened would get this number, and all that is printed.
+            os.open(os.devnull, os.O_RDWR)
+        if name == "stdin":
+            continue
+        stream = getattr(sys, name)
+        file = io.BufferedWriter(_LenientFile(number, "w", closefd=False))
+        encoding = stream.encoding if stream is not None else "utf-8"
+        safe = io.TextIOWrapper(file, encoding, errors="replace", line_buffering=True)
+        setattr(sys, name, safe)
+
+
+def _check_devices() -> None:
+    """Refuse a JAX_PLATFORMS that this machine does not have."""
+    try:
+        jax.devices()
+    except (AssertionError, RuntimeError) as error:  # the former without a plugin for it
+        platforms = os.environ.get("JAX_PLATFORMS", "")
+        raise InputError(
+            f"JAX finds no device for JAX_PLATFORMS={platforms}; unset it, or set JAX_PLATFORMS=cpu"
+        ) from error
+
+
 def run_command(main: Callable[[list[str] | None], int], arguments: list[str] | None = None) -> int:
-    """Run `main` and give the process's exit status: the user's mistakes are one line and 2."""
+    """Run `main` and give the process's exit status: the user's mistakes are one line and 2.
+
+    Without `arguments` the process is the command's own, with its output and signals.
+    """
+    if arguments is None:
+        _make_output_safe()
+        # Scripts leave it to the system while they import.
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     # TFDS and Orbax tell of their own inner life; what goes wrong there is raised as well.
     absl_logging.set_verbosity(absl_logging.FATAL)
     logging.getLogger("asyncio").setLevel(logging.CRITICAL)
@@ -62,9 +112,14 @@ def run_command(main: Callable[[list[str] | None], int], arguments: list[str] | 
     warnings.filterwarnings("ignore", "coroutine .* was never awaited", RuntimeWarning)
     tfds.disable_progress_bar()
     warnings.showwarning = partial(_show_warning, set())
-    warnings.simplefilter("always", DamageWarning)
+    warnings.simplefilter("always", FallbackWarning)
     try:
-        return main(arguments)
+        try:
+            return main(arguments)
+        except (AssertionError, RuntimeError):
+            if not jax.distributed.is_initialized():
+                _check_devices()  # where there are none, every use of them fails in its own way
+            raise
     except InputError as error:
         _print_error(error)
         return 2
@@ -101,37 +156,37 @@ def _show_unraisable(event: Any) -> None:
 
 
 def _print_error(error: Exception | str) -> None:
-    print(f"error: {_one_line(error)}", file=sys.stderr)
-
-
-def _one_line(text: object) -> str:
-    """Without what could move a terminal's cursor: names in it may be a stranger's."""
-    return "".join(c if c.isprintable() else "?" for c in " ".join(str(text).split()))
+    print(f"error: {printable(error)}", file=sys.stderr)
 
 
 def _show_warning(
     shown: set[str], message: Warning | str, category: type[Warning], *place: Any, **_: Any
 ) -> None:
-    """Damage in a line of its own, once; other warnings as Python shows them."""
+    """The library's own warnings in a line each, once; others as Python shows them."""
     text = warnings.formatwarning(message, category, place[0], place[1])
-    if issubclass(category, DamageWarning):
-        text = f"warning: {_one_line(message)}\n"
+    if issubclass(category, FallbackWarning):
+        text = f"warning: {printable(message)}\n"
         if text in shown:
             return
         shown.add(text)
     sys.stderr.write(text)
 
 
-class _PlainConsole(Console):
-    def on_broken_pipe(self) -> None:
-        """Nobody reads on (`| head`): work that takes hours goes on without a word."""
-        self.quiet = True
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+class CheckProgress:
+    """`on_progress` of `find_folder`: a line on stderr every ten seconds, the last one not."""
+
+    def __init__(self) -> None:
+        self._shown = time.monotonic()
+
+    def __call__(self, done: int, total: int) -> None:
+        if done < total and time.monotonic() > self._shown + 10:
+            self._shown = time.monotonic()
+            print(f"{done:,} of {total:,} pictures decoded to check them", file=sys.stderr)
 
 
 def plain_console(quiet: bool = False) -> Console:
     """A console that prints text as it is, or nothing."""
-    console = _PlainConsole(highlight=False, markup=False, emoji=False, quiet=quiet)
+    console = Console(highlight=False, markup=False, emoji=False, quiet=quiet)
     if not console.is_terminal:
         console.width = 120  # a file or a pipe has no width of its own
     return console
@@ -282,9 +337,10 @@ class Interruption:
                 leave = True
                 self.say_how_to_continue()
             if leave:
-                if sys.stdout.isatty():
-                    # The progress display hid the cursor.
-                    os.write(sys.stdout.fileno(), b"\x1b[?25h")
+                with contextlib.suppress(OSError):  # a terminal may vanish at any time
+                    if sys.stdout.isatty():
+                        # The progress display hid the cursor.
+                        os.write(sys.stdout.fileno(), b"\x1b[?25h")
                 os._exit(128 + data[0])
             print("\nstopping and saving; once more to leave at once", file=sys.stderr, flush=True)
 

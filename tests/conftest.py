@@ -14,6 +14,8 @@ ROOT = Path(__file__).parents[1]
 _cache = tempfile.TemporaryDirectory(prefix="flaxnets-tests-")
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", _cache.name)
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.3")
+# Nothing is left behind in the user's own cache.
+os.environ["XDG_CACHE_HOME"] = _cache.name
 
 
 def load_script(name: str):

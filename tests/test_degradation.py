@@ -193,6 +193,7 @@ def test_the_study_directory(study):
     assert sorted(path.name for path in study.out.iterdir()) == [
         ".lock",
         "degradation.png",
+        "degradation.svg",
         "plain-8",
         "residual-8",
         "study.json",
@@ -329,6 +330,14 @@ def test_a_damaged_study_is_still_that_study(study, damaged_study, command):
     assert "recipe.learning_rate is 0.01 there and 0.05 here" in err
 
 
+def test_an_environment_that_trains_nothing_is_not_recorded(study, command, monkeypatch):
+    before = (study.out / "study.json").read_bytes()
+    assert len(json.loads(before)["environments"]) == 1
+    monkeypatch.setenv("PJRT_NPROC", "99")
+    assert command(*study.arguments)[0] == 0
+    assert (study.out / "study.json").read_bytes() == before
+
+
 def test_gradients_of_finished_runs_are_not_logged(study, command, tmp_path):
     out = shutil.copytree(study.out, tmp_path / "out")
     (out / "plain-8" / "seed-0" / "gradients.csv").touch()
@@ -437,7 +446,7 @@ class TestConclusion:
 
     @staticmethod
     def of(degradation, *runs):
-        return degradation.conclusion(group_runs(runs), 220)
+        return degradation.conclude(group_runs(runs), 220)
 
     def test_degradation(self, degradation):
         text = self.of(

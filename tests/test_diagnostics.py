@@ -31,6 +31,7 @@ from flaxnets.diagnostics import (
     without_batch_norm,
 )
 from flaxnets.models.stacking import stack_blocks
+from tests.conftest import load_script
 from tests.helpers import quick_jit, random_images, random_variables
 
 LABELS = np.arange(12) % 10
@@ -395,3 +396,12 @@ def test_bad_input_gives_one_line(diagnostics, study, capsys, tmp_path, argument
     err = capsys.readouterr().err
     assert err.count("\n") == 1
     assert re.search(line, err)
+
+
+def test_gradients_are_told_by_their_factor():
+    """Only the greatest depth had its numbers, and a threshold parted 99 from 101."""
+    flow = load_script("diagnostics").flow
+    assert flow([0.3, 30.0]).endswith("from 30 at the last convolution to 0.3 at the first (1/100)")
+    assert flow([30.0, 0.3]).endswith("(100 times)")
+    assert flow([0.0, 0.3]).endswith("at the first")
+    assert flow([float("inf"), 0.3]).endswith("(not finite)")

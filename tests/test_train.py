@@ -2,6 +2,8 @@
 
 import csv
 import json
+import os
+import re
 import shutil
 import signal
 import struct
@@ -16,7 +18,8 @@ from PIL import Image
 
 import flaxnets
 from flaxnets.console import run_command
-from flaxnets.training import RECIPES
+from flaxnets.manifest import write_manifest
+from flaxnets.training import RECIPES, checkpoints
 from tests.studies import ROOT, assert_same_run, finish, start
 
 COMMAND = (sys.executable, ROOT / "experiments" / "train.py")
@@ -148,13 +151,129 @@ def test_a_killed_run_goes_on_bit_for_bit(request, train, tmp_path, monkeypatch,
     jax.tree.map(np.testing.assert_array_equal, *(run.variables for run in best))
 
 
-def test_a_finished_run_is_not_trained_again(trained, command):
+def test_a_damaged_best_state_is_named_and_set_aside(trained, command, tmp_path):
+    out = shutil.copytree(trained[0], tmp_path / "run")
+    (state,) = (out / "best").iterdir()
+    (state / "variables" / "_METADATA").write_text("changed")
+    with pytest.raises(flaxnets.InputError, match=r"best.*variables/_METADATA has been changed"):
+        flaxnets.restore(out, which="best")
+    status, printed, err = command(*trained[1][:-4], "--out", out)
+    assert status == 0
+    assert "variables/_METADATA has been changed" in err
+    assert "the state of the lowest validation error" in err
+    assert "is lost" in err
+    assert "(that state is lost); " in printed
+    with pytest.raises(flaxnets.InputError, match=r"has lost its best state: there is none in"):
+        flaxnets.restore(out, which="best")
+    assert (out / "best" / f"{state.name}.damaged" / "variables" / "_METADATA").exists()
+
+
+def test_the_best_state_of_another_run_is_set_aside(trained, command, tmp_path):
+    """Without its checkpoints a directory takes another seed, but not the old run's best state,
+    though its step may be higher."""
+    out = shutil.copytree(trained[0], tmp_path / "run")
+    (state,) = (out / "best").iterdir()
+    shutil.copytree(state, out / "best" / "old")
+    shutil.rmtree(out / "checkpoints")
+    status, _, err = command(*trained[1][:-4], "--out", out, "--seed", "1")
+    assert status == 0
+    assert f"{out}/best/{state.name} is set aside: its config is another run's" in err
+    assert (out / "best" / f"{state.name}.other").is_dir()
+    best = flaxnets.restore(out, which="best")
+    assert best.config["seed"] == 1
+    errors = [float(row["validation_error"]) for row in rows_of(out)]
+    assert best.step == 8 * (1 + int(np.argmin(errors)))
+    shutil.rmtree(out / "best" / str(best.step))
+    (out / "best" / "old").rename(out / "best" / state.name)
+    with pytest.raises(flaxnets.InputError, match=r"best.*its config is another run's"):
+        flaxnets.restore(out, which="best")
+
+
+def put_link(path):
+    path.unlink()
+    path.symlink_to("/etc/hostname")
+
+
+def put_pipe(path):
+    path.unlink()
+    os.mkfifo(path)
+
+
+HARMS = {
+    "a bit": lambda path: path.write_bytes(
+        bytes([path.read_bytes()[0] ^ 1]) + path.read_bytes()[1:]
+    ),
+    "truncated": lambda path: os.truncate(path, path.stat().st_size // 2),
+    "emptied": lambda path: os.truncate(path, 0),
+    "deleted": lambda path: path.unlink(),
+    "grown": lambda path: path.write_bytes(path.read_bytes() + b"\0"),
+    "a link": put_link,
+    "a pipe": put_pipe,
+    "a neighbour": lambda path: path.with_name("more").touch(),
+    "renamed": lambda path: path.rename(path.with_name("other")),
+}
+
+
+@pytest.mark.parametrize("harm", HARMS.values(), ids=HARMS.keys())
+def test_damage_to_any_file_of_the_best_state_is_found(trained, tmp_path, monkeypatch, harm):
+    monkeypatch.setattr(checkpoints, "SECONDS_BETWEEN_LOOKS", 0)
+    (state,) = (trained[0] / "best").iterdir()
+    paths = sorted(path.relative_to(state) for path in state.rglob("*") if path.is_file())
+    assert len(paths) > 20
+    for path in paths:
+        copy = shutil.copytree(state, tmp_path / "best" / state.name)
+        harm(copy / path)
+        with checkpoints.Checkpoints(tmp_path, read_only=True, name="best") as best:
+            assert best.step is None, path
+            assert f"checkpoint {state.name} of {tmp_path} is damaged" in best.damage[0]
+        shutil.rmtree(copy)
+
+
+def other_record(best):
+    """As if of another run of the same config, with its sha256 put right."""
+    path = best / "progress" / "metadata"
+    progress = json.loads(path.read_text())
+    progress["rows"][0]["train_loss" if "train_loss" in progress["rows"][0] else "test_loss"] += 1
+    path.write_text(json.dumps(progress))
+
+
+def no_record(best):
+    (best / "progress" / "metadata").write_text("[]")
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        (other_record, "its record is another run's"),
+        (no_record, "is not the record of a run"),
+    ],
+)
+def test_a_best_state_with_another_record_is_refused(trained, command, tmp_path, change, reason):
+    out = shutil.copytree(trained[0], tmp_path / "run")
+    (state,) = (out / "best").iterdir()
+    change(state)
+    write_manifest(state)
+    with pytest.raises(flaxnets.InputError, match=reason):
+        flaxnets.restore(out, which="best")
+    status, printed, err = command(*trained[1][:-4], "--out", out)
+    assert status == 0
+    assert f"{state} is set aside: " in err
+    assert reason in err
+    assert "(that state is lost); " in printed
+    assert [path.name for path in (out / "best").iterdir()] == [f"{state.name}.other"]
+
+
+def test_a_finished_run_is_not_trained_again(trained, command, monkeypatch):
     out, arguments = trained
+    (environment,) = json.loads((out / "environment.json").read_text())
+    assert environment["device_count"] == 1
+    monkeypatch.setenv("PJRT_NPROC", "99")
     before = (out / "metrics.csv").read_bytes()
     status, printed, _ = command(*arguments[:-4], "--out", out)
     assert status == 0
     assert "cifar_resnet8 seed 0: test error" in printed
     assert (out / "metrics.csv").read_bytes() == before
+    assert json.loads((out / "environment.json").read_text()) == [environment]
 
 
 def test_another_run_is_refused(trained, command):
@@ -197,6 +316,23 @@ def test_a_folder_of_pictures(pictures, command, tmp_path, how):
                     first.variables[name][part],
                     second.variables[name][part],
                 )
+
+
+def test_weights_to_start_from_that_are_gone_or_others(trained, command, tmp_path):
+    """A run that has begun does not need them; another seed's of the same step are others."""
+    shutil.copytree(trained[0], tmp_path / "source")
+    arguments = (*SMALL[:2], "--steps", "1", "--init-from", "source", "--out", "out")
+    assert command(*arguments)[0] == 0
+    origin = json.loads((tmp_path / "out" / "config.json").read_text())["init_from"]
+    assert re.fullmatch("[0-9a-f]{64}", origin["digest"])
+    (tmp_path / "source").rename(tmp_path / "elsewhere")
+    assert command(*arguments)[0] == 0
+    shutil.copytree(trained[0], tmp_path / "source")
+    checkpoint = tmp_path / "source" / "checkpoints" / "24"
+    shutil.rmtree(checkpoint)  # an older one of the same run has other weights
+    status, _, err = command(*arguments)
+    assert status == 2
+    assert "init_from.digest is" in err
 
 
 def test_pytorch_weights_are_a_start(command, tmp_path, data_dir):
@@ -256,6 +392,14 @@ def test_divergence(command):
     assert "try a lower --learning-rate" in printed
 
 
+def test_depth_is_not_read_from_a_name(train, tmp_path):
+    """A warm-up for networks of depth 110 and more is not for AlexNet, of the year 2012."""
+    args = train.parse_arguments(["--model", "alexnet2012", "--recipe", "he2015-cifar"])
+    assert args.depth == 8
+    schedule = train.choose_recipe(args).make_schedule(64_000, args.depth)
+    assert float(schedule(0)) == pytest.approx(0.1)
+
+
 def test_recipes_are_listed(command):
     status, printed, _ = command("--list-recipes")
     assert status == 0
@@ -268,6 +412,7 @@ def test_recipes_are_listed(command):
     [
         ("", "--model is needed"),
         ("--model resnet19", "has depths 18, 34"),
+        ("--model cifar_resnet1204", "networks of up to 1202 layers"),
         ("--model cifar_resnet8 --recipe he2015-cifer", "did you mean he2015-cifar?"),
         ("--model cifar_resnet8 --dataset folder:nowhere", "nowhere"),
         ("--model cifar_resnet8 --dataset mnits", "mnist"),
