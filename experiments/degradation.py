@@ -17,6 +17,7 @@ if __name__ == "__main__":
 import argparse
 import importlib
 import os
+import re
 import shlex
 import sys
 import threading
@@ -58,7 +59,7 @@ from flaxnets.environment import record_environment
 from flaxnets.errors import InputError
 from flaxnets.figures import draw_errors
 from flaxnets.memory import keep_memory
-from flaxnets.models.cost import Cost, count_cost
+from flaxnets.models.cost import Cost, count_cost, count_depth
 from flaxnets.models.resnet import IMAGENET_STAGES, ResNet
 from flaxnets.parallel import (
     data_mesh,
@@ -85,6 +86,7 @@ from flaxnets.study import (
     write_summary,
 )
 from flaxnets.tables import blocks, differences_table, millions, network_name, results_table
+from flaxnets.text import plural
 from flaxnets.training import (
     RECIPES,
     CheckpointEvery,
@@ -94,10 +96,12 @@ from flaxnets.training import (
     RunResult,
     train_run,
 )
-from flaxnets.training.estimate import measure_speed
+from flaxnets.training.estimate import Probe, estimate_seconds, measure
 
 # Of the cifar family. Deeper ones, unrolled, would take minutes to compile and much memory.
 DEEPEST_UNROLLED = 110
+# Throughput of several runs at a time on a CPU over that of one, about: 1.3 to 1.5 was measured.
+GAIN_OF_WORKERS = 1.4
 
 
 @dataclass(frozen=True)
@@ -148,9 +152,9 @@ def main(arguments: list[str] | None = None) -> int:
             **{"-".join(map(str, run_key(config))): config for config in configs},
         }
     )
+    workers = args.workers or default_workers()
     if args.dry_run:
-        check_study(out, definition, configs)
-        print_plan(console, plan, dataset, recipe)
+        print_plan(console, plan, dataset, recipe, check_study(out, definition, configs), workers)
         return 0
 
     # Train.
@@ -164,7 +168,7 @@ def main(arguments: list[str] | None = None) -> int:
             out,
             runs,
             args.checkpoint_every,
-            args.workers or default_workers(),
+            workers,
             interruption,
             args.log_gradients,
             definition,
@@ -189,7 +193,10 @@ def main(arguments: list[str] | None = None) -> int:
     if differences is not None:
         console.print(differences)
     console.print(conclude(networks, updates), soft_wrap=True)
-    console.print(f"figure: {figure}", soft_wrap=True)
+    place = shlex.quote(str(out))
+    console.print(f"figure:      {figure}", soft_wrap=True)
+    console.print(f"report:      python experiments/report.py {place}", soft_wrap=True)
+    console.print(f"diagnostics: python experiments/diagnostics.py {place}", soft_wrap=True)
     return 0
 
 
@@ -385,6 +392,11 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
     check_choice("--recipe", args.recipe or "digits", tuple(RECIPES))
     for kind in args.kinds:
         if ":" not in kind:
+            if found := re.fullmatch(r"([\w.]+)\.(\w+)", kind):
+                raise InputError(
+                    f"--kinds {kind}: write a colon before the function of your own; "
+                    f"did you mean {found[1]}:{found[2]}?"
+                )
             check_choice(
                 "--kinds", kind, ("plain", "residual"), " or a module:function of your own"
             )
@@ -534,8 +546,15 @@ def define_study(args: argparse.Namespace, dataset: Dataset, recipe: Recipe) -> 
 # What to say.
 
 
-def print_plan(console: Console, plan: list[Planned], dataset: Dataset, recipe: Recipe) -> None:
-    """The grid, and how long it will take, going by a small network of its kind."""
+def print_plan(
+    console: Console,
+    plan: list[Planned],
+    dataset: Dataset,
+    recipe: Recipe,
+    stored: list[Run],
+    workers: int,
+) -> None:
+    """The grid, what is left of it, and how long that will take by small networks of its kind."""
     steps = recipe.total_steps(len(dataset.train.labels))
     table = Table("kind", "network", "blocks", "parameters", "multiply-adds", "seeds", "steps")
     for planned in plan:
@@ -550,29 +569,60 @@ def print_plan(console: Console, plan: list[Planned], dataset: Dataset, recipe: 
             f"{steps:,}",
         )
     console.print(table)
-
-    # A network of one block a stage tells the speed: compilation takes time in proportion to depth,
-    # a step in proportion to multiply-adds.
-    probe, probe_depth = plan[0].model, plan[0].depth
-    if isinstance(probe, ResNet):
-        probe = probe.clone(stage_sizes=(1,) * len(probe.stage_sizes))
-        probe_depth = 2 + 2 * len(probe.stage_sizes)
-    probe_cost = count_cost(probe, dataset.preprocess.input_shape, dataset.num_classes)
-    speed = measure_speed(probe, dataset, recipe)
+    height, width, channels = dataset.preprocess.input_shape
+    console.print(
+        f"{dataset.name}: {len(dataset.train.labels):,} training and {len(dataset.test.labels):,} "
+        f"test images of {height}x{width}x{channels}; recipe {recipe.name}"
+    )
+    done = {run.key: run.result for run in stored}
+    left = [
+        (planned, [steps_left(done.get(run_key(config)), steps) for config in planned.configs])
+        for planned in plan
+    ]
+    runs = sum(len(planned.configs) for planned in plan)
+    of_length = f"{plural(runs, 'run')} of {steps:,} updates"
+    unfinished = sum(count > 0 for _, counts in left for count in counts)
+    if not unfinished:
+        console.print(f"{of_length}, all finished: nothing is left to train")
+        return
+    probes = measure_probes(plan[0], dataset, recipe)
     epochs = steps / (len(dataset.train.labels) // recipe.batch_size)
     evaluated = epochs * (len(dataset.train.labels) + len(dataset.test.labels))
     # An evaluated image costs a forward pass, a trained one three.
-    equivalent_steps = steps + evaluated / 3 / recipe.batch_size
-    seconds = 0.0
-    for planned in plan:
-        step = speed.step * planned.cost.work / probe_cost.work
-        seconds += speed.first_step * planned.depth / probe_depth
-        seconds += len(planned.configs) * equivalent_steps * step
-    runs = sum(len(planned.configs) for planned in plan)
-    console.print(
-        f"{runs} runs of {steps:,} updates; about {duration(seconds)} here, "
-        "going by a few steps of a small network"
+    evaluation = 1 + evaluated / 3 / recipe.batch_size / steps
+    seconds = sum(
+        estimate_seconds(probes, planned.depth, planned.cost.work, evaluation * sum(counts))
+        for planned, counts in left
+        if sum(counts)
     )
+    if min(workers, sum(any(counts) for _, counts in left)) > 1:
+        seconds /= GAIN_OF_WORKERS
+    if unfinished < runs:
+        of_length += f", {unfinished} of them not finished"
+    console.print(
+        f"{of_length}; about {duration(seconds)} here, going by a few steps of small networks"
+    )
+
+
+def steps_left(result: RunResult | None, steps: int) -> int:
+    """Updates that a run still needs."""
+    if result is None:
+        return steps
+    return max(steps - result.step, 0) if result.status == "unfinished" else 0
+
+
+def measure_probes(planned: Planned, dataset: Dataset, recipe: Recipe) -> list[Probe]:
+    """The speed of networks of one and three blocks a stage, or of the user's own network."""
+    model = planned.model
+    if not isinstance(model, ResNet):
+        return [measure(model, planned.depth, planned.cost.work, dataset, recipe)]
+    probes = []
+    for blocks_a_stage in (1, 3):
+        small = model.clone(stage_sizes=(blocks_a_stage,) * len(model.stage_sizes), remat=False)
+        cost = count_cost(small, dataset.preprocess.input_shape, dataset.num_classes)
+        depth = count_depth(small, dataset.preprocess.input_shape)
+        probes.append(measure(small, depth, cost.work, dataset, recipe))
+    return probes
 
 
 if __name__ == "__main__":

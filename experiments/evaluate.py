@@ -47,6 +47,7 @@ from flaxnets.data.stream import (
 )
 from flaxnets.errors import InputError
 from flaxnets.evaluation import (
+    MOST_CONFUSED,
     Evaluation,
     compute_logits,
     compute_probabilities,
@@ -59,7 +60,7 @@ from flaxnets.files import explained, write_atomic
 from flaxnets.models import create_model, published_image_shape
 from flaxnets.pictures import draw_confusion, draw_contact_sheet
 from flaxnets.restore import Restored, restore
-from flaxnets.text import shorten
+from flaxnets.text import shorten, spreadsheet_text
 from flaxnets.torch_weights import load_torch
 
 WEIGHTS = (".safetensors", ".pth", ".pt", ".th")
@@ -108,9 +109,15 @@ def main(arguments: list[str] | None = None) -> int:
     write_numbers(args.out, evaluation, subject, args.split)
     title = f"{ending(subject.name)} on {ending(subject.dataset)} ({args.split})"
     title += f"\ntop-1 error {evaluation.top1_error:.2f} %"
-    draw_confusion(evaluation.confusion, subject.class_names, args.out / "confusion.png", title)
+    files = FILES
+    if evaluation.confusion is not None:
+        write_confusion(args.out / "confusion.csv", evaluation.confusion, subject.class_names)
+        draw_confusion(evaluation.confusion, subject.class_names, args.out / "confusion.png", title)
+    else:
+        files = tuple(name for name in FILES if not name.startswith("confusion"))
+        console.print(f"no confusion matrix: there are more than {MOST_CONFUSED:,} classes")
     draw_wrong(args.out / "wrong.png", logits, subject, title)
-    console.print(f"{', '.join(FILES)}: {args.out}", soft_wrap=True)
+    console.print(f"{', '.join(files)}: {args.out}", soft_wrap=True)
     return 0
 
 
@@ -153,6 +160,16 @@ def load_own_split(run: Restored, args: argparse.Namespace) -> tuple[str, Split]
     if not is_dataset(own):
         raise InputError(f"the config of {args.source} names no data set; give --dataset")
     name, streamed = own["name"], own.get("streamed") is True
+    if name.startswith("folder:"):
+        folder = own.get("path", name.removeprefix("folder:"))
+        name = f"folder:{folder}"
+        if not os.path.isdir(folder):
+            raise InputError(
+                f"the pictures that {args.source} was trained on were in {folder}, which is gone; "
+                "give the folder where they are now: --dataset folder:NEW"
+            )
+        # The run may be a stranger's, and its folder any of this machine.
+        print(f"reading the folder that the run names: {shorten(folder, 1000)}", flush=True)
     validation = own.get("validation_examples")
     # What was left out as unreadable then is left out again; the fingerprint tells whether more is.
     source = find_source(name, args.data_dir, streamed, skip_unreadable=True)
@@ -187,6 +204,7 @@ def is_dataset(value: Any) -> bool:
     name = value["name"]
     known = len(name) > len("folder:") and name.startswith("folder:")
     known = known or DATASET_NAME.fullmatch(name) is not None
+    known = known and isinstance(value.get("path", ""), str)
     counts = [value.get("train_examples"), value.get("validation_examples", 0)]
     return known and all(type(count) is int and count >= 0 for count in counts)
 
@@ -335,7 +353,7 @@ def classes_table(evaluation: Evaluation, class_names: tuple[str, ...], rows: An
 
 
 def write_numbers(out: Path, evaluation: Evaluation, subject: Subject, split: str) -> None:
-    """`evaluation.json`, and `confusion.csv` with a row for each true class."""
+    """Write `evaluation.json`."""
     classes = [
         {"class": name, "images": int(count), "accuracy": finite(accuracy)}
         for name, count, accuracy in zip(
@@ -354,12 +372,17 @@ def write_numbers(out: Path, evaluation: Evaluation, subject: Subject, split: st
         "classes": classes,
     }
     write_atomic(out / "evaluation.json", json.dumps(content, indent=2) + "\n")
+
+
+def write_confusion(path: Path, confusion: np.ndarray, class_names: tuple[str, ...]) -> None:
+    """Write `confusion.csv`, with a row for each true class."""
+    names = [spreadsheet_text(name) for name in class_names]
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(["true", *subject.class_names])
-    for name, row in zip(subject.class_names, evaluation.confusion.tolist(), strict=True):
+    writer.writerow(["true", *names])
+    for name, row in zip(names, confusion.tolist(), strict=True):
         writer.writerow([name, *row])
-    write_atomic(out / "confusion.csv", text.getvalue())
+    write_atomic(path, text.getvalue())
 
 
 def finite(number: float) -> float | None:
@@ -375,7 +398,7 @@ def ending(text: str, most: int = 50) -> str:
 def draw_wrong(path: Path, logits: np.ndarray, subject: Subject, title: str) -> None:
     """The images that were misclassified with the greatest confidence."""
     images, labels = subject.split
-    shown = most_confidently_wrong(logits, labels, MOST_WRONG)
+    shown = drop_copies(images, most_confidently_wrong(logits, labels, len(labels)), MOST_WRONG)
     probabilities = compute_probabilities(logits[shown])
     captions = []
     for index, row in zip(shown, probabilities, strict=True):
@@ -386,6 +409,17 @@ def draw_wrong(path: Path, logits: np.ndarray, subject: Subject, title: str) -> 
         captions.append(f"{true}{separator}{predicted}\n{100 * row.max():.1f} %")
     found = f"the {len(shown)} most confident mistakes" if len(shown) else "no mistakes to show"
     draw_contact_sheet(list(images[shown]), captions, path, f"{title}; {found}")
+
+
+def drop_copies(images: np.ndarray, rows: np.ndarray, most: int) -> np.ndarray:
+    """The first rows, at most `most`, whose images all differ: a data set may have one picture
+    several times."""
+    different: dict[bytes, int] = {}
+    for row in rows:
+        different.setdefault(images[row].tobytes(), row)
+        if len(different) == most:
+            break
+    return np.array(list(different.values()), int)
 
 
 # The command line.

@@ -1,5 +1,6 @@
 """What a run's config must hold before anything is made of it: it may come from a stranger."""
 
+import json
 import math
 import re
 from collections.abc import Callable
@@ -90,6 +91,18 @@ FIELDS: dict[str, Callable[[Any], bool]] = {
     "class_names": _are(_is_text),
     "preprocess": _is_preprocess,
 }
+
+
+def comparable(config: Any) -> Any:
+    """The part of a config, as JSON has it, that must match for a run to be resumed.
+
+    A folder of pictures may have moved: its content is known by its sha256.
+    """
+    config = json.loads(json.dumps(config))
+    dataset = config.get("dataset") if isinstance(config, dict) else None
+    if isinstance(dataset, dict) and str(dataset.get("name")).startswith("folder:"):
+        config["dataset"] = {k: v for k, v in dataset.items() if k not in ("name", "path")}
+    return config
 
 
 def check_config(config: Any) -> None:

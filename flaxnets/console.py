@@ -48,12 +48,17 @@ class ArgumentParser(argparse.ArgumentParser):
         raise InputError(f"{message} (--help lists the options)")
 
     def parse(self, arguments: list[str] | None) -> argparse.Namespace:
-        known, unknown = self.parse_known_args(arguments)
-        if unknown:
-            flag = unknown[0].split("=")[0]
-            flags = [name for action in self._actions for name in action.option_strings]
-            self.error(f"unknown argument {flag}{nearest(flag, flags)}")
-        return known
+        flags = [name for action in self._actions for name in action.option_strings]
+        given = sys.argv[1:] if arguments is None else arguments
+        # Before anything that is missing: it may only be misspelt.
+        unknown = [argument.split("=")[0] for argument in given if argument.startswith("--")]
+        unknown = [flag for flag in unknown if flag not in flags and flag != "--"]
+        if not unknown:
+            known, rest = self.parse_known_args(given)
+            unknown = [argument.split("=")[0] for argument in rest]
+            if not unknown:
+                return known
+        self.error(f"unknown argument {unknown[0]}{nearest(unknown[0], flags)}")
 
 
 class _LenientFile(io.FileIO):
@@ -197,8 +202,13 @@ def whole_numbers(text: str) -> list[int]:
     try:
         return [int(part) for part in text.split(",")]
     except ValueError:
+        example = "18,34,56"
+        if found := re.fullmatch(r"(\d{1,9})(?:-|:|\.\.)(\d{1,9})", text):
+            first, last = map(int, found.groups())
+            if first < last < first + 100:
+                example = ",".join(map(str, range(first, last + 1)))
         raise argparse.ArgumentTypeError(
-            f"{text!r} is not a list of whole numbers such as 18,34,56"
+            f"{text!r} is not a list of whole numbers such as {example}"
         ) from None
 
 
@@ -356,10 +366,12 @@ class StudyProgress:
     """Live progress of a study: two lines a run on a terminal, else a line now and then.
 
     `finished` runs were there before, and `work` is what the `unfinished` ones cost in all, in any
-    one unit; the time left is told from it.
+    one unit; the time left is estimated from it.
     """
 
     SECONDS_BETWEEN_LINES = 10
+    # Of training before the time left of the study is estimated.
+    SECONDS_OF_EVIDENCE = 5
 
     def __init__(self, console: Console, finished: int, unfinished: int, work: float) -> None:
         self.console = console
@@ -367,7 +379,8 @@ class StudyProgress:
         self._work, self._work_done = work, 0.0
         self._runs: list[RunProgress] = []
         self._live = Live(console=console, auto_refresh=False, transient=True)
-        self._started = time.perf_counter()
+        # When the first train step ended, and the work that was done by then.
+        self._evidence: tuple[float, float] | None = None
         self.lock = threading.RLock()
 
     def __enter__(self) -> "StudyProgress":
@@ -419,12 +432,23 @@ class StudyProgress:
         return self._work_done + sum(run.work * run.step / run.total_steps for run in self._runs)
 
     def time_left(self) -> str:
-        """Of the study, from the work done since it began."""
-        done = self._work_done + sum(run.work * run.share_done() for run in self._runs)
-        if not done:
+        """Estimated time left of the study, from the work done since the first train step."""
+        if self._evidence is None:
             return "?"
-        left = self._work - self._done()
-        return duration(left / done * (time.perf_counter() - self._started))
+        since, done_then = self._evidence
+        seconds, done = time.perf_counter() - since, self._done()
+        if seconds < self.SECONDS_OF_EVIDENCE or done <= done_then:
+            return "?"
+        return duration((self._work - done) * seconds / (done - done_then))
+
+    def begin_steps(self, run: "RunProgress") -> None:
+        """A run has done its first train step: what was before is compilation, or restored."""
+        if self._evidence is None:
+            self._evidence = (time.perf_counter(), self._done())
+        else:
+            since, done_then = self._evidence
+            restored = run.work * (run.step - 1) / run.total_steps
+            self._evidence = (since, done_then + restored)
 
 
 class RunProgress:
@@ -457,11 +481,14 @@ class RunProgress:
         """The run has got to `progress`."""
         with self._study.lock:
             now = time.perf_counter()
-            if self._first_step is None and progress.step:
+            begins = self._first_step is None and progress.step > 0
+            if begins:
                 self._first_step, self._first_step_at = progress.step, now
             elif progress.step > self.step:
                 self._intervals.append(now - self._last_step_at)
             self.step, self._last_step_at, self._rows = progress.step, now, progress.rows
+            if begins:
+                self._study.begin_steps(self)
             on_terminal = self._study.console.is_terminal
             wait = 0.2 if on_terminal else self._study.SECONDS_BETWEEN_LINES
             if not force and now - self._last_shown <= wait:
@@ -489,8 +516,11 @@ class RunProgress:
         facts = "compiling" if self._first_step is None else f"epoch {epoch} of {epochs}"
         if self._rows:
             row = self._rows[-1]
-            seen = "train" if "train_loss" in row else "running_train"
-            facts += f"  loss {row[f'{seen}_loss']:.3f}  train error {row[f'{seen}_error']:.1f} %"
+            seen = "train" if "train_error" in row else "running_train"
+            # The running loss: evaluation's, in the first epochs, may be 1e5 of a sound network.
+            facts += (
+                f"  loss {row['running_train_loss']:.3f}  train error {row[f'{seen}_error']:.1f} %"
+            )
             for split in ("validation", "test"):
                 if f"{split}_error" in row:
                     facts += f"  {split} error {row[f'{split}_error']:.1f} %"
@@ -502,14 +532,8 @@ class RunProgress:
             return "-"
         return f"{self._batch / statistics.median(self._intervals):,.0f}"
 
-    def share_done(self) -> float:
-        """Of the run, in this process."""
-        if self._first_step is None:
-            return 0.0
-        return (self.step - self._first_step + 1) / self.total_steps
-
     def time_left(self) -> str:
-        """Of the run, from its own steps since the first."""
+        """Estimated time left of the run, from its own steps since the first."""
         if self._first_step is None or self.step <= self._first_step:
             return "?"
         per_step = (time.perf_counter() - self._first_step_at) / (self.step - self._first_step)

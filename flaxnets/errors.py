@@ -1,9 +1,12 @@
 """Errors and warnings that tell the user what to do, each in one printable line."""
 
 import difflib
+import re
 from collections.abc import Iterable
 
 from flaxnets.text import printable
+
+ABBREVIATIONS = {"bs": "batchsize", "lr": "learningrate", "wd": "weightdecay"}
 
 
 class InputError(ValueError):
@@ -33,6 +36,15 @@ class DamageWarning(FallbackWarning):
 
 
 def nearest(word: str, known: Iterable[str]) -> str:
-    """`"; did you mean X?"` for the known word nearest to `word`, or an empty string."""
-    matches = difflib.get_close_matches(word, list(known), n=1, cutoff=0.5)
-    return f"; did you mean {matches[0]}?" if matches else ""
+    """`"; did you mean X?"` for the known word nearest to `word`, or an empty string.
+
+    Case, dashes and underscores do not count, and usual abbreviations are known.
+    """
+
+    def normalise(name: str) -> str:
+        name = re.sub(r"[^a-z0-9]", "", name.casefold())
+        return ABBREVIATIONS.get(name, name)
+
+    names = {normalise(each): each for each in known}
+    matches = difflib.get_close_matches(normalise(word), names, n=1, cutoff=0.5)
+    return f"; did you mean {names[matches[0]]}?" if matches else ""

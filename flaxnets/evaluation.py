@@ -13,6 +13,8 @@ from flaxnets.data.batches import Augmentation, Preprocess
 from flaxnets.parallel import data_mesh, replicate, replicated, split_batch
 from flaxnets.training.steps import cross_entropy
 
+MOST_CONFUSED = 2_000
+
 
 @dataclass(frozen=True)
 class Evaluation:
@@ -28,7 +30,7 @@ class Evaluation:
       class_accuracy: float `(classes,)`, percent of them that are classified as such; NaN for a
         class without images.
       confusion: int `(classes, classes)`, images of each class (row) that are taken for each class
-        (column).
+        (column); None of more than `MOST_CONFUSED` classes, for which it would fill the memory.
       undecided: images with NaN logits. They count as errors and are in no column of `confusion`.
     """
 
@@ -38,7 +40,7 @@ class Evaluation:
     top5_error: float | None
     class_counts: np.ndarray
     class_accuracy: np.ndarray
-    confusion: np.ndarray
+    confusion: np.ndarray | None
     undecided: int
 
 
@@ -59,12 +61,14 @@ def evaluate_logits(logits: np.ndarray, labels: np.ndarray) -> Evaluation:
         raise ValueError(f"labels are from 0 to {classes - 1}, not from {found}")
     decided = ~np.isnan(logits).any(axis=1)
     rank = np.where(decided, _rank(logits, labels), classes)
-    confusion = np.zeros((classes, classes), np.int64)
-    np.add.at(confusion, (labels[decided], logits[decided].argmax(axis=1)), 1)
+    confusion = None
+    if classes <= MOST_CONFUSED:
+        confusion = np.zeros((classes, classes), np.int64)
+        np.add.at(confusion, (labels[decided], logits[decided].argmax(axis=1)), 1)
     class_counts = np.bincount(labels, minlength=classes)
     losses = cross_entropy(jnp.asarray(logits), jnp.asarray(labels))
     with np.errstate(invalid="ignore"):
-        class_accuracy = 100 * confusion.diagonal() / class_counts
+        class_accuracy = 100 * np.bincount(labels[rank == 0], minlength=classes) / class_counts
     return Evaluation(
         count=count,
         loss=float(np.asarray(losses, np.float64).mean()),

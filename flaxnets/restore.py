@@ -18,6 +18,7 @@ from flaxnets.parallel import data_mesh, replicated
 from flaxnets.training.checkpoints import Checkpoints, read_newest
 from flaxnets.training.loop import find_mismatch, read_rows
 
+RUNS_NAMED = 10  # in an error
 Build = Callable[[int, int, Any], nn.Module]
 
 
@@ -43,8 +44,10 @@ class Restored:
 
     def __repr__(self) -> str:
         # Without the arrays of `variables`, which would fill a notebook.
+        kind, depth = self.config["kind"], self.config["depth"]
+        network = kind if kind == self.config["model"].get("name") else f"{kind}-{depth}"
         return (
-            f"Restored({self.config['kind']}-{self.config['depth']} of seed {self.config['seed']}, "
+            f"Restored({network} of seed {self.config['seed']}, "
             f"step {self.step}, {self.config['parameters']:,} parameters, "
             f"{len(self.class_names)} classes)"
         )
@@ -165,9 +168,15 @@ def _why_nothing(path: Path, damage: list[str], which: Literal["latest", "best"]
         return f"{path} has no good checkpoint: {'; '.join(damage)}"
     if (path / "config.json").is_file():
         return f"{path} has no checkpoint yet"
-    runs = sorted(str(found.parent) for found in path.glob("*/seed-*/config.json"))
-    hint = f"; its runs are {', '.join(runs)}" if runs else " (it has no config.json)"
-    return f"{path} is not a run directory{hint}"
+    runs = sorted(
+        str(found.parent)
+        for pattern in ("seed-*", "*/seed-*")  # of one network, of a whole study
+        for found in path.glob(f"{pattern}/config.json")
+    )
+    if not runs:
+        return f"{path} is not a run directory (it has no config.json)"
+    more = f" and {len(runs) - RUNS_NAMED} more" if len(runs) > RUNS_NAMED else ""
+    return f"{path} is not a run directory; its runs are {', '.join(runs[:RUNS_NAMED])}{more}"
 
 
 def _had_validation(checkpoints: Checkpoints) -> bool:

@@ -27,7 +27,7 @@ from typing import Any, Literal
 
 import jax
 
-from flaxnets.config import check_config
+from flaxnets.config import check_config, comparable
 from flaxnets.errors import DamageWarning, InputError
 from flaxnets.files import explained, set_aside, write_atomic
 from flaxnets.parallel import gather_texts, is_primary, refused_together
@@ -206,7 +206,7 @@ def check_run(out: Path, config: dict[str, Any]) -> None:
     with Checkpoints(out, read_only=True) as checkpoints:
         if checkpoints.step is None:
             return
-        differences = _differences(checkpoints.read_config(), json.loads(json.dumps(config)))
+        differences = _differences(comparable(checkpoints.read_config()), comparable(config))
         if differences:
             raise InputError(
                 f"--out {out} holds another run ({'; '.join(differences)}); "

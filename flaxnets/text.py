@@ -10,3 +10,14 @@ def shorten(text: str, most: int) -> str:
     """`text` in at most `most` characters, with `?` for any that cannot be printed or drawn."""
     text = "".join(c if c.isprintable() else "?" for c in text)
     return text if len(text) <= most else f"{text[: most - 1]}…"
+
+
+def plural(count: int, noun: str) -> str:
+    """`1 run`, `2,000 runs`."""
+    return f"{count:,} {noun}{'s' * (count != 1)}"
+
+
+def spreadsheet_text(text: str) -> str:
+    """`text` that a spreadsheet takes for text, not for a formula, and a terminal can print."""
+    text = shorten(text, 32_767)  # what a cell holds
+    return f"'{text}" if text.startswith(("=", "+", "-", "@")) else text

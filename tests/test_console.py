@@ -9,9 +9,11 @@ import time
 
 import pytest
 
-from flaxnets.console import run_command
+from flaxnets import console
+from flaxnets.console import StudyProgress, duration, plain_console, run_command
 from flaxnets.errors import InputError
 from flaxnets.study import check_place, lock_directory
+from flaxnets.training import Progress
 from tests.studies import COMMAND, ROOT
 
 # A command that prints, fails or is interrupted, as a real process of its own.
@@ -130,3 +132,39 @@ def test_ctrl_c_in_the_imports():
     process.send_signal(signal.SIGINT)
     _, err = process.communicate(timeout=60)
     assert (process.returncode, err) == (-signal.SIGINT, b"")
+
+
+class Clock:
+    def __init__(self, monkeypatch):
+        self.now = 0.0
+        monkeypatch.setattr(console.time, "perf_counter", lambda: self.now)
+
+
+def test_compilation_is_not_taken_for_training(monkeypatch):
+    """The time left of a study once began at 2:41:06 for one of two minutes."""
+    clock = Clock(monkeypatch)
+    progress = StudyProgress(plain_console(quiet=True), finished=0, unfinished=2, work=300.0)
+    small = progress.start_run("small", 100.0, total_steps=100, steps_per_epoch=10, batch=8)
+    large = progress.start_run("large", 200.0, total_steps=100, steps_per_epoch=10, batch=8)
+    clock.now = 60.0
+    small.update(Progress(1, 0.0, []))
+    assert progress.time_left() == small.time_left() == "?"
+    for step in range(2, 12):
+        clock.now += 1.0
+        small.update(Progress(step, 0.0, []))
+    # A unit of work a second: 89 are left of this run, and 200 of the other.
+    assert small.time_left() == "1:29"
+    assert progress.time_left() == "4:49"
+    # The other one is resumed: what it restores took no time.
+    clock.now += 1.0
+    large.update(Progress(51, 0.0, []))
+    assert progress.time_left() == duration((300 - 11 - 102) / (12 / 11))
+
+
+def test_the_loss_that_is_shown_is_that_of_training(monkeypatch):
+    """Evaluation's is 1e5 in the first epochs of a deep plain network that is sound."""
+    progress = StudyProgress(plain_console(quiet=True), 0, 1, 1.0)
+    run = progress.start_run("plain-56", 1.0, total_steps=20, steps_per_epoch=10, batch=8)
+    row = {"running_train_loss": 2.302, "train_loss": 356263.46, "train_error": 90.0}
+    run.update(Progress(10, 0.0, [{**row, "test_error": 89.0}]))
+    assert run.facts() == "epoch 2 of 2  loss 2.302  train error 90.0 %  test error 89.0 %"

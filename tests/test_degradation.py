@@ -17,6 +17,7 @@ from flaxnets.console import run_command
 from flaxnets.errors import StorageError
 from flaxnets.study import group_runs
 from flaxnets.training import RunResult
+from flaxnets.training.estimate import Probe
 from tests.studies import assert_same_study
 
 ROOT = Path(__file__).parents[1]
@@ -132,6 +133,15 @@ BAD_INPUT = [
     ("--depths 8 --workers 0", "--workers"),
     ("--depths 8 --workers 2 --distributed h:1,2,0", "--workers is for one process"),
     ("--depths 8 --seeds x", "not a list of whole numbers"),
+    ("--depths 8 --seeds 0-2", "not a list of whole numbers such as 0,1,2"),
+    ("--depths 8 --seeds 0-999999999", "not a list of whole numbers such as 18,34,56"),
+    # What is meant.
+    ("--depth 8", "unknown argument --depth; did you mean --depths?"),
+    ("--depths 8 --lr 0.1", "unknown argument --lr; did you mean --learning-rate?"),
+    ("--depths 8 --dataset Digits", "did you mean digits?"),
+    ("--depths 8 --dataset CIFAR10", "did you mean cifar10?"),
+    ("--depths 8 --dataset folder:pictures", "is read by experiments/train.py"),
+    ("--depths 8 --kinds my_nets.build", "did you mean my_nets:build?"),
     ("--depths 8 --checkpoint-every 5", "'5' is not a time or steps"),
     ("--depths 8 --checkpoint-every 0s", "not a time or steps"),
     ("--depths 8 --checkpoint-every 1.5steps", "not a time or steps"),
@@ -425,9 +435,35 @@ def test_dry_run_prints_the_plan_and_writes_nothing(command, tmp_path):
     assert status == 0
     assert "cifar_plain10" in out
     assert "2-1-1" in out
+    assert "digits: 1,437 training and 360 test images of 8x8x1; recipe digits\n" in out
     assert "220" in out
     assert re.search(r"8 runs of 220 updates; about \d+:\d\d", out)
     assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_dry_run_knows_what_is_finished(study, command, degradation, monkeypatch):
+    def measured(model, depth, work, *_):
+        return Probe(depth, work, first_step=0.75 * 10, step=1.0)
+
+    monkeypatch.setattr(degradation, "measure", measured)
+    status, out, _ = command(*study.arguments, "--dry-run")
+    assert status == 0
+    assert out.splitlines()[-1] == "2 runs of 22 updates, all finished: nothing is left to train"
+    status, out, _ = command(*study.arguments, "--dry-run", "--seeds", "0,1", "--kinds", "plain")
+    # Ten seconds to compile, and two epochs whose evaluation takes as long as 4.68 steps of each.
+    assert out.splitlines()[-1] == (
+        "2 runs of 22 updates, 1 of them not finished; about 0:41 here, "
+        "going by a few steps of small networks"
+    )
+
+
+def test_steps_left(degradation):
+    def left(status, step):
+        return degradation.steps_left(RunResult(status, [], step, 0.0, None), 22)
+
+    assert degradation.steps_left(None, 22) == 22
+    assert (left("unfinished", 11), left("unfinished", 22)) == (11, 0)
+    assert (left("finished", 22), left("diverged", 11)) == (0, 0)
 
 
 def test_divergence_does_not_end_the_study(command, tmp_path):

@@ -5,7 +5,7 @@ import pickle
 
 import pytest
 
-from flaxnets.errors import DamageWarning, FallbackWarning, InputError, StorageError
+from flaxnets.errors import DamageWarning, FallbackWarning, InputError, StorageError, nearest
 
 NAME = "a\x1b[2Jb\n" + os.fsdecode(b"\xff") + ".png"
 
@@ -16,3 +16,20 @@ def test_a_message_is_one_printable_line(kind):
     assert str(error) == "a?[2Jb ?.png cannot be read"
     assert str(pickle.loads(pickle.dumps(error))) == str(error)
     str(error).encode()
+
+
+@pytest.mark.parametrize(
+    ("word", "suggestion"),
+    [
+        ("--lr", "--learning-rate"),
+        ("--learning_rate", "--learning-rate"),
+        ("--depth", "--depths"),
+        ("--Batch-Size", "--batch-size"),
+        ("--bs", "--batch-size"),
+        ("--xyz", None),
+        ("---", None),
+    ],
+)
+def test_what_is_meant_is_suggested(word, suggestion):
+    flags = ["--help", "--list-recipes", "--depths", "--learning-rate", "--batch-size"]
+    assert nearest(word, flags) == (f"; did you mean {suggestion}?" if suggestion else "")

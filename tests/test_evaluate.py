@@ -243,6 +243,51 @@ def test_images_are_made_as_large_as_the_run_takes_them(
     assert "digits has images of 8x8x1, and the network takes 32x32x1" in err
 
 
+@pytest.mark.usefixtures("numbers_alone")
+def test_the_folder_of_a_run_is_named_before_it_is_read(
+    evaluate, capsys, run, folder, tmp_path, monkeypatch
+):
+    """The run may be a stranger's; and by its absolute path, wherever the command is typed."""
+    place = tmp_path / "moved"
+    shutil.copytree(folder, place)
+    fingerprint = find_folder(place).fingerprint()
+    own = {"name": "folder:pictures", "path": str(place), "streamed": True}
+    edit_config(run, dataset={**own, "sha256": fingerprint})
+    read = []
+    monkeypatch.setattr(
+        evaluate, "find_folder", lambda *_, **kw: read.append(capsys.readouterr().out) or stop()
+    )
+
+    def stop():
+        raise flaxnets.InputError("enough")
+
+    assert command(evaluate, capsys, run)[0] == 2
+    assert read == [f"reading the folder that the run names: {place}\n"]
+    monkeypatch.undo()
+    place.rename(tmp_path / "elsewhere")
+    status, out, err = command(evaluate, capsys, run)
+    assert (status, out) == (2, "")
+    assert f"trained on were in {place}, which is gone" in err
+    assert "--dataset folder:NEW" in err
+
+
+def test_names_in_a_spreadsheet(evaluate, tmp_path):
+    names = ("=cmd|' /C calc'!A0", "-1", "\x1b[2Jcat", "dog")
+    evaluate.write_confusion(tmp_path / "confusion.csv", np.eye(4, dtype=int), names)
+    with (tmp_path / "confusion.csv").open() as file:
+        header, *rows = csv.reader(file)
+    assert header == ["true", "'=cmd|' /C calc'!A0", "'-1", "?[2Jcat", "dog"]
+    assert [row[0] for row in rows] == header[1:]
+
+
+def test_copies_of_a_picture_are_shown_once(evaluate):
+    images = np.zeros((5, 2, 2, 1), np.uint8)
+    images[3], images[4] = 1, 2
+    assert evaluate.drop_copies(images, np.array([4, 2, 0, 1, 3]), 25).tolist() == [4, 2, 3]
+    assert evaluate.drop_copies(images, np.array([4, 2, 0, 1, 3]), 2).tolist() == [4, 2]
+    assert evaluate.drop_copies(images, np.array([], int), 2).tolist() == []
+
+
 GREY = ((0.485 + 0.456 + 0.406) / 3,), ((0.229 + 0.224 + 0.225) / 3,)
 COLOUR = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 

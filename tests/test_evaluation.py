@@ -193,3 +193,14 @@ def test_large_images_are_fewer_at_a_time():
 )
 def test_what_is_seen_of_a_picture(dataset, recipe, fraction):
     assert evaluation_fraction({"dataset": dataset, "recipe": recipe}) == fraction
+
+
+def test_a_hundred_thousand_classes():
+    """Their confusion matrix would take 80 GB."""
+    classes = 100_000
+    logits = np.zeros((3, classes), np.float32)
+    logits[[0, 1, 2], [7, 7, 99_999]] = 1
+    evaluation = evaluate_logits(logits, np.array([7, 8, 99_999]))
+    assert evaluation.confusion is None
+    assert evaluation.top1_error == pytest.approx(100 / 3)
+    assert evaluation.class_accuracy[[7, 8, 99_999]].tolist() == [100, 0, 100]

@@ -68,6 +68,11 @@ def test_a_study_directory_names_its_runs(study):
         flaxnets.restore(study.out)
 
 
+def test_a_networks_directory_names_its_runs(study):
+    with pytest.raises(flaxnets.InputError, match=r"its runs are .*plain-8/seed-0$"):
+        flaxnets.restore(study.out / "plain-8")
+
+
 def test_not_a_run(tmp_path):
     with pytest.raises(flaxnets.InputError, match=r"no config\.json"):
         flaxnets.restore(tmp_path / "nowhere")

@@ -400,6 +400,40 @@ def test_depth_is_not_read_from_a_name(train, tmp_path):
     assert float(schedule(0)) == pytest.approx(0.1)
 
 
+def test_a_folder_that_has_moved(command, pictures, tmp_path, capsys):
+    """Its run is the same, resumed or measured; what it was called then is no longer there."""
+    shutil.copytree(pictures, tmp_path / "pictures")
+    arguments = ["--model", "cifar_resnet8", "--image-size", "8", "--steps", "2"]
+    arguments += ["--batch-size", "10", "--out", "run"]
+    status, out, _ = command(*arguments, "--dataset", "folder:pictures", "--patience", "3")
+    assert status == 0
+    assert out.startswith(
+        "cifar_resnet8, 0.07 M parameters, on folder:pictures (in memory): 3 classes, 135 images "
+        "of 8x8x3 to train, 15 to validate (a tenth, by default), 45 to test; "
+        "recipe adam, 2 updates of 10 images\n"
+    )
+    config = json.loads((tmp_path / "run" / "config.json").read_text())
+    assert config["dataset"]["path"] == str(tmp_path / "pictures")
+    metrics = (tmp_path / "run" / "metrics.csv").read_bytes()
+
+    (tmp_path / "pictures").rename(tmp_path / "elsewhere")
+    status, _, err = command(*arguments, "--dataset", "folder:elsewhere", "--patience", "3")
+    assert (status, err) == (0, "")
+    assert (tmp_path / "run" / "metrics.csv").read_bytes() == metrics
+    next((tmp_path / "elsewhere" / "train" / "class 0").iterdir()).unlink()
+    status, _, err = command(*arguments, "--dataset", "folder:elsewhere", "--patience", "3")
+    assert status == 2
+    assert "holds another run (dataset." in err
+
+
+def test_help_says_what_each_field_of_a_recipe_is(command, capsys):
+    with pytest.raises(SystemExit):
+        command("--help")
+    text = " ".join(capsys.readouterr().out.split())
+    assert "fraction of the run that is warm-up" in text
+    assert "holds out a tenth of the training images" in text
+
+
 def test_recipes_are_listed(command):
     status, printed, _ = command("--list-recipes")
     assert status == 0
@@ -431,6 +465,10 @@ def test_recipes_are_listed(command):
         ("--model cifar_resnet8 --seed -1", "--seed must be"),
         ("--model cifar_resnet8 --lerning-rate 1", "did you mean --learning-rate?"),
         ("--model alexnet --image-size 20", "too small"),
+        ("--model cifar_resnet8 --image-size 0", "image_size is from 4"),
+        ("--model cifar_resnet8 --decay-factor -1", "decay_factor is above 0"),
+        ("--model cifar_resnet8 --lr 0.1", "did you mean --learning-rate?"),
+        ("--model resnet20", "did you mean cifar_resnet20?"),
         ("--model cifar_resnet8 --out .", "holds something that is not a run"),
     ],
 )

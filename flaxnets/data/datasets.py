@@ -4,6 +4,9 @@ import contextlib
 import hashlib
 import importlib.util
 import io
+import logging
+import re
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -25,8 +28,12 @@ class Split(NamedTuple):
     images: Any
     labels: Any
 
+    def __repr__(self) -> str:
+        # Without the arrays, which would fill a notebook.
+        return f"Split({self.images.dtype} images {self.images.shape}, {len(self.labels)} labels)"
 
-@dataclass(frozen=True)
+
+@dataclass(frozen=True, repr=False)
 class Dataset:
     """A data set in memory, with what training does to its images unless told otherwise."""
 
@@ -37,6 +44,13 @@ class Dataset:
     test: Split
     preprocess: Preprocess
     augmentation: Augmentation
+
+    def __repr__(self) -> str:
+        height, width, channels = self.preprocess.input_shape
+        return (
+            f"Dataset({self.name!r}, {self.num_classes} classes, {len(self.train.labels):,} "
+            f"training and {len(self.test.labels):,} test images of {height}x{width}x{channels})"
+        )
 
     @property
     def num_classes(self) -> int:
@@ -173,6 +187,11 @@ def _builder(name: str, data_dir: str | Path | None, kwargs: dict) -> Any:
             raise InputError(f"--data-dir {data_dir} is a file; give a directory")
     except OSError as error:
         raise InputError(f"--data-dir {data_dir}: {error.strerror}") from error
+    if name.startswith("folder:"):
+        raise InputError(
+            f"{name}: a folder of pictures is read by experiments/train.py, and from Python by "
+            "flaxnets.data.folder.find_folder; give the name of a TFDS data set here"
+        )
     where = None if data_dir is None else str(data_dir)
     if name == "digits":
         builder = Digits(data_dir=where, file_format="array_record")
@@ -196,6 +215,9 @@ def _builder(name: str, data_dir: str | Path | None, kwargs: dict) -> Any:
     except (ValueError, AssertionError) as error:  # not found, or not even a name
         known = ["digits", *tfds.list_builders(with_community_datasets=False)]
         raise InputError(f"TFDS has no data set {name!r}{nearest(name, known)}") from error
+    if re.split("[/:]", name)[0] != builder.name:
+        # TFDS takes names in capitals too; a study has one name for its data.
+        raise InputError(f"there is no data set {name!r}; did you mean {builder.name}?")
     if not builder.is_prepared():
         if importlib.util.find_spec("tensorflow") is None:
             raise InputError(
@@ -225,10 +247,26 @@ def _supervised_keys(builder: tfds.core.DatasetBuilder) -> tuple[str, str]:
     return image_key, label_key
 
 
+@contextlib.contextmanager
+def _without_advice() -> Iterator[None]:
+    """Drop TFDS's advice to install OpenCV, which it logs as a warning."""
+    logger = logging.getLogger("absl")
+
+    def keep(record: logging.LogRecord) -> bool:
+        return "OpenCV is not installed" not in record.getMessage()
+
+    logger.addFilter(keep)
+    try:
+        yield
+    finally:
+        logger.removeFilter(keep)
+
+
 def _read_split(info: DatasetInfo, split: str) -> Split:
     source = info.builder.as_data_source(split=split)
     try:
-        examples = [source[i] for i in range(len(source))]
+        with _without_advice():
+            examples = [source[i] for i in range(len(source))]
     except (RuntimeError, IndexError, OSError) as error:  # what array_record and Pillow raise
         raise InputError(
             f"{info.builder.name} in {info.builder.data_path} is damaged ({error}); "

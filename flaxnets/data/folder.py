@@ -30,7 +30,7 @@ NAMED_COPIES = 3
 Files = dict[str, list[str]]
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class FileSource:
     """Pictures in files.
 
@@ -43,6 +43,9 @@ class FileSource:
     root: str
     names: tuple[str, ...]
     labels: np.ndarray
+
+    def __repr__(self) -> str:
+        return f"FileSource({len(self):,} pictures in {self.root!r})"
 
     def __len__(self) -> int:
         return len(self.names)

@@ -125,6 +125,11 @@ def _builder(name: str) -> tuple[Callable[..., Any], Any]:
         return _NAMED[name], _NAMED[name]()
     if match := _RESNET.fullmatch(str(name)):
         cifar, kind, depth, v2 = match.groups()
+        if not cifar and int(depth) not in IMAGENET_STAGES:
+            raise InputError(
+                f"no network is called {name!r}: the ImageNet family has depths "
+                f"{', '.join(map(str, IMAGENET_STAGES))}; did you mean cifar_{name}?"
+            )
         family = cifar_resnet if cifar else imagenet_resnet
         settings = {"residual": kind == "resnet", "preactivation": v2 is not None}
         return lambda **overrides: family(int(depth), **settings | overrides), ResNet

@@ -37,7 +37,7 @@ OVERHEAD = 300_000  # bytes of a checkpoint beside its arrays, about
 ORBAX_AT_WORK = threading.Lock()
 # A reader looks again, so often and after so many seconds, before it says that something is
 # damaged: a run that is being trained completes and removes checkpoints at any moment.
-LOOKS, SECONDS_BETWEEN_LOOKS = 20, 0.05
+LOOKS, AGREEING_LOOKS, SECONDS_BETWEEN_LOOKS = 20, 3, 0.05
 
 Found = TypeVar("Found")
 
@@ -281,15 +281,16 @@ class Checkpoints:
             raise InputError(f"{path} cannot be read: {type(error).__name__}: {reason}") from error
 
     def _find_newest_at_rest(self) -> tuple[int | None, list[str]]:
-        """As `_find_newest`, twice the same where something is damaged or nothing is there."""
-        found = self._find_newest()
+        """As `_find_newest`, but believed only after `AGREEING_LOOKS` where something is damaged or
+        nothing is there: a directory that changes while it is listed may seem empty."""
+        found, agreeing = self._find_newest(), 1
         for _ in range(LOOKS):
-            if not found[1]:
+            good = found[0] is not None and not found[1]
+            if good or agreeing == AGREEING_LOOKS or not self.directory.is_dir():
                 break
             time.sleep(SECONDS_BETWEEN_LOOKS)
             before, found = found, self._find_newest()
-            if found == before:
-                break
+            agreeing = agreeing + 1 if found == before else 1
         return found
 
     def _find_newest(self) -> tuple[int | None, list[str]]:

@@ -1,6 +1,7 @@
-"""How fast this machine trains, from a few measured steps."""
+"""How long runs will take on this machine, from a few measured steps of small networks."""
 
 import time
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import NamedTuple
 
@@ -12,24 +13,61 @@ from flaxnets.training.loop import Program
 from flaxnets.training.recipes import Recipe
 from flaxnets.training.steps import create_state
 
+# Evaluation is compiled as well: a forward pass, about a third of a train step.
+EVALUATION_TOO = 4 / 3
 
-class Speed(NamedTuple):
-    """Seconds until the first train step is done (compilation, mostly), and of each later one."""
 
+class Probe(NamedTuple):
+    """A network whose speed was measured.
+
+    Attributes:
+      depth: its weighted layers, which compilation takes time in proportion to.
+      work: multiply-adds and the like of a step for one image, see `flaxnets.models.cost`.
+      first_step: seconds until the first train step is done, compilation included.
+      step: seconds of each later one.
+    """
+
+    depth: int
+    work: float
     first_step: float
     step: float
 
 
-def measure_speed(model: nn.Module, dataset: Dataset, recipe: Recipe, steps: int = 3) -> Speed:
+def measure(
+    model: nn.Module, depth: int, work: float, dataset: Dataset, recipe: Recipe, steps: int = 3
+) -> Probe:
     """Time the first train steps of `model`, on every device."""
+    start = time.perf_counter()
     program = Program.create(
         model, 0, replace(recipe, steps=1 + steps, epochs=None), dataset, data_mesh()
     )
     state = create_state(model, program.optimizer, 0, program.image_shape, program.mesh)
-    times = [time.perf_counter()]
+    times = []
     batches = program.feed(state.key, 0)
     for _ in range(1 + steps):
         state, loss = program.train_step(state, *next(batches))
         loss.block_until_ready()
         times.append(time.perf_counter())
-    return Speed(times[1] - times[0], (times[-1] - times[1]) / steps)
+    return Probe(depth, work, times[0] - start, (times[-1] - times[0]) / steps)
+
+
+def estimate_seconds(probes: Sequence[Probe], depth: int, work: float, steps: float) -> float:
+    """Seconds to compile a network and train it for so many `steps`.
+
+    On the line through the first and the last of the probes; of a single one, in proportion.
+    """
+    first, last = probes[0], probes[-1]
+    compilation = EVALUATION_TOO * _extrapolate(
+        (first.depth, first.first_step), (last.depth, last.first_step), depth
+    )
+    return compilation + steps * _extrapolate(
+        (first.work, first.step), (last.work, last.step), work
+    )
+
+
+def _extrapolate(first: tuple[float, float], last: tuple[float, float], x: float) -> float:
+    (x0, y0), (x1, y1) = first, last
+    if x1 == x0:
+        return y0 * x / x0
+    slope = max(0.0, (y1 - y0) / (x1 - x0))  # noise may turn it round
+    return max(y0, y0 + slope * (x - x0)) if x >= x0 else y0

@@ -1,5 +1,7 @@
 """Recipes: everything about training that is neither the network nor the data."""
 
+import inspect
+import re
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple, get_args
 
@@ -22,6 +24,9 @@ CHOICES = {
     "augment": get_args(Augment),
 }
 
+# Pixels a side. The smallest networks halve their maps twice; no published one sees more.
+SMALLEST_IMAGE, LARGEST_IMAGE = 4, 4096
+
 
 @dataclass(frozen=True)
 class Recipe:
@@ -36,7 +41,7 @@ class Recipe:
       steps: length of the run in updates, or None where `epochs` gives it.
       epochs: length of the run in epochs, or None where `steps` gives it.
       optimizer: `sgd` (with momentum) or `adam`, both as PyTorch and Optax define them.
-      momentum: of SGD (no dampening).
+      momentum: momentum of SGD (no dampening).
       nesterov: whether SGD's momentum is Nesterov's.
       weight_decay: coefficient of coupled L2: added to the gradient before momentum or Adam, and
         never part of a reported loss.
@@ -45,17 +50,19 @@ class Recipe:
       schedule: `steps` multiplies the rate by `decay_factor` at each of `decay_at`; `cosine` takes
         it to 0 along half a wave; `plateau` multiplies it by `decay_factor` once the validation
         loss has not fallen for `plateau_patience` epochs, down to `plateau_floor`.
-      decay_at: fractions of the run.
-      decay_factor: one for all, or one for each of `decay_at`.
-      plateau_patience: epochs.
-      plateau_floor: the lowest rate.
-      warmup: the first part of the run. With `cosine` the rate rises in it from 0; otherwise it is
-        trained at `warmup_factor` of the rate.
+      decay_at: fractions of the run at which the rate is lowered, such as 0.5,0.75.
+      decay_factor: what the rate is multiplied by there: one number for all, or one for each of
+        `decay_at`.
+      plateau_patience: epochs without a lower validation loss before the rate is lowered.
+      plateau_floor: the lowest rate of a `plateau` schedule.
+      warmup: fraction of the run that is warm-up. With `cosine` the rate rises in it from 0;
+        otherwise the network is trained at `warmup_factor` of the rate.
+      warmup_factor: the rate during warm-up, as a fraction of `learning_rate`.
       warmup_from_depth: shallower networks have no warm-up.
       label_smoothing: share of the label's probability spread over all classes
         (Szegedy et al. 2015, arXiv:1512.00567, section 7).
-      augment: `default` is what the data set has, `none` nothing; for the others see
-        `augmentation`.
+      augment: `default` (that of the data set), `none`, `keras`, `resized-crop`, `scaled-crop` or
+        `fixed-crop`; see `augmentation`.
       colour_noise: standard deviation of noise along the principal components of colour
         (Krizhevsky et al. 2012, section 4.1; 0.1 there).
       image_size: pixels that images are resized to, or None for their own size.
@@ -96,6 +103,9 @@ class Recipe:
         factors = self.decay_factor
         if isinstance(factors, tuple) and len(factors) != len(self.decay_at):
             refuse(f"decay_factor is one number, or one for each of the {len(self.decay_at)} steps")
+        all_factors = factors if isinstance(factors, tuple) else (factors,)
+        if any(not 0 < factor <= 1 for factor in all_factors):
+            refuse("decay_factor is above 0 and at most 1")
         if self.schedule == "plateau" and not (isinstance(factors, float) and 0 < factors < 1):
             refuse("decay_factor is one number between 0 and 1 where the schedule is plateau")
         if any(not 0 < at < 1 for at in self.decay_at):
@@ -106,9 +116,13 @@ class Recipe:
         for field in ("momentum", "warmup", "label_smoothing"):
             if not 0 <= getattr(self, field) < 1:
                 refuse(f"{field} is from 0 to below 1")
-        for field in ("weight_decay", "plateau_floor", "colour_noise"):
+        for field in ("weight_decay", "plateau_floor", "colour_noise", "warmup_from_depth"):
             if not getattr(self, field) >= 0:
                 refuse(f"{field} is not below 0")
+        if not 0 < self.warmup_factor <= 1:
+            refuse("warmup_factor is above 0 and at most 1")
+        if self.image_size is not None and not SMALLEST_IMAGE <= self.image_size <= LARGEST_IMAGE:
+            refuse(f"image_size is from {SMALLEST_IMAGE} to {LARGEST_IMAGE} pixels")
 
     @classmethod
     def from_config(cls, value: Any) -> "Recipe":
@@ -415,3 +429,10 @@ PRESETS = (
 )
 
 RECIPES = {preset.recipe.name: preset.recipe for preset in PRESETS}
+
+
+def describe_fields() -> dict[str, str]:
+    """What each field of a recipe is, from the docstring of `Recipe`, for `--help`."""
+    attributes = inspect.cleandoc(Recipe.__doc__ or "").partition("Attributes:\n")[2]
+    entries = re.findall(r"^  (\w+): (.*(?:\n    .*)*)", attributes, re.MULTILINE)
+    return {name: " ".join(text.replace("`", "").split()).rstrip(".") for name, text in entries}

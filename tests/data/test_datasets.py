@@ -1,5 +1,7 @@
 import importlib.util
 import io
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -76,6 +78,20 @@ def test_digits_are_prepared_once(data_dir, digits):
     load_dataset("digits", data_dir)
     assert before == {path: path.stat().st_mtime_ns for path in data_dir.rglob("*")}
     assert not list(data_dir.rglob("*incomplete*"))
+
+
+def test_a_notebook_shows_a_data_set_in_a_line(data_dir):
+    """Neither all of its images nor advice about OpenCV, which TFDS logs once in a process."""
+    code = f"from flaxnets.data import load_dataset; print(load_dataset('digits', '{data_dir}'))"
+    shown = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert shown.stdout == (
+        "Dataset('digits', 10 classes, 1,437 training and 360 test images of 8x8x1)\n"
+    )
+    assert not shown.stderr
+
+
+def test_a_split_is_shown_without_its_arrays(digits):
+    assert repr(digits.test) == "Split(uint8 images (360, 8, 8, 1), 360 labels)"
 
 
 def test_a_subset_is_fixed_and_part_of_the_whole(data_dir, digits):

@@ -1,5 +1,5 @@
 import re
-from dataclasses import replace
+from dataclasses import fields, replace
 
 import jax
 import jax.numpy as jnp
@@ -9,8 +9,8 @@ import pytest
 from flax.traverse_util import flatten_dict
 
 from flaxnets.errors import InputError
-from flaxnets.training import RECIPES
-from flaxnets.training.recipes import observe_plateau, plateau_scale
+from flaxnets.training import RECIPES, Recipe
+from flaxnets.training.recipes import describe_fields, observe_plateau, plateau_scale
 
 
 def test_he2015_cifar_is_the_papers():
@@ -140,7 +140,7 @@ def test_a_plateau_lowers_the_rate():
 
 
 @pytest.mark.parametrize(
-    ("fields", "problem"),
+    ("changes", "problem"),
     [
         ({"epochs": None}, "give either steps or epochs"),
         ({"optimizer": "lion"}, "optimizer is one of sgd, adam, not 'lion'"),
@@ -151,8 +151,23 @@ def test_a_plateau_lowers_the_rate():
         ({"momentum": 1.0}, "momentum is from 0 to below 1"),
         ({"weight_decay": -1.0}, "weight_decay is not below 0"),
         ({"weight_decay": float("nan")}, "weight_decay is not below 0"),
+        ({"decay_factor": -1.0}, "decay_factor is above 0 and at most 1"),
+        ({"decay_factor": (0.1, 10.0)}, "decay_factor is above 0 and at most 1"),
+        ({"warmup_factor": 0.0}, "warmup_factor is above 0 and at most 1"),
+        ({"warmup_from_depth": -1}, "warmup_from_depth is not below 0"),
+        ({"image_size": -1}, "image_size is from 4 to 4096 pixels"),
+        ({"image_size": 0}, "image_size is from 4 to 4096 pixels"),
+        ({"image_size": 1}, "image_size is from 4 to 4096 pixels"),
+        ({"image_size": 1_000_000}, "image_size is from 4 to 4096 pixels"),
     ],
 )
-def test_what_is_no_recipe_is_refused(fields, problem):
+def test_what_is_no_recipe_is_refused(changes, problem):
     with pytest.raises(InputError, match=re.escape(problem)):
-        replace(RECIPES["digits"], **fields)
+        replace(RECIPES["digits"], **changes)
+
+
+def test_every_field_is_described():
+    described = describe_fields()
+    assert described.keys() == {field.name for field in fields(Recipe)}
+    assert all(len(text) > 10 and "`" not in text for text in described.values())
+    assert described["decay_at"].endswith("such as 0.5,0.75")
