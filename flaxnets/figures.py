@@ -1,10 +1,15 @@
-"""Figures of the study, as Figure 6 of He et al. (2015), of one run, and of the benchmark."""
+"""Figures of the study, as Figure 6 of He et al. (2015), of one run, and of the benchmark.
+
+One convention holds for every figure of a study, and stands here: the colour is the depth, the
+panel is the kind, a solid line is training error or whatever the figure is about, a thin dashed
+line is test error and nothing else, and panels share their scales.
+"""
 
 import io
 import math
 import textwrap
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, cast
 
@@ -33,6 +38,17 @@ STYLES: dict[str, dict[str, Any]] = {
     "test error": {"lw": 1.0, "ls": "--"},
 }
 TICKS = (0, 0.5, 1, 2, 5, 10, 20, 30, 50, 70, 100)  # percent
+
+
+def colour_depths(depths: Iterable[int]) -> dict[int, str]:
+    """The colour of each depth of a study. Give all of them: colours go by their order."""
+    return {depth: COLOURS[i % len(COLOURS)] for i, depth in enumerate(sorted(set(depths)))}
+
+
+def write_png_and_svg(figure: Figure, path: Path, title: str) -> None:
+    """Write a figure to `path`, a PNG, and as an SVG beside it; see `write_figure`."""
+    for suffix in (path.suffix, ".svg"):
+        write_figure(figure, path.with_suffix(suffix), title)
 
 
 def write_figure(figure: Figure, path: Path, title: str, **place: Any) -> None:
@@ -69,44 +85,52 @@ def draw_errors(networks: Sequence[Network], path: Path, title: str) -> None:
     smallest and largest value. Written to `path`, a PNG, and as an SVG beside it.
     """
     kinds = list(dict.fromkeys(network.kind for network in networks))
-    depths = sorted({network.depth for network in networks})
+    colours = colour_depths(network.depth for network in networks)
     figure = Figure(figsize=(max(4.4 * len(kinds), 6.4), 5.0), layout="constrained")
     axes = figure.subplots(1, len(kinds), sharex=True, sharey=True, squeeze=False)[0]
-    _scale_errors(axes[0], networks)
+    scale_errors(axes[0], _list_errors(networks))
     for ax, kind in zip(axes, kinds, strict=True):
         labels = [
-            _draw_network(ax, network, COLOURS[depths.index(network.depth) % len(COLOURS)])
+            _draw_network(ax, network, colours[network.depth])
             for network in networks
             if network.kind == kind
         ]
-        _label_ends(ax, [label for label in labels if label])
+        label_ends(ax, [label for label in labels if label])
         ax.set_title(kind)
         ax.set_xlabel("epoch")
-        ax.xaxis.set_major_locator(MaxNLocator(integer=True, steps=[1, 2, 5, 10]))
-        ax.grid(color="0.9", linewidth=0.6)
-        ax.spines[["top", "right"]].set_visible(False)
+        style_axes(ax)
     lines: list[Artist] = [Line2D([], [], color="0.3", label=n, **STYLES[n]) for n in STYLES]
     if any(len(network.runs) > 1 for network in networks):
         lines.append(Patch(color="0.3", alpha=0.15, lw=0, label="lowest to highest seed"))
     axes[0].set_xlim(left=0)
     # Below the axes, where they hide no curve.
-    names = _name_networks(networks, depths)
+    names = _name_networks(networks, colours)
     figure.legend(handles=names, frameon=False, loc="outside lower left")
     figure.legend(handles=lines, frameon=False, loc="outside lower right")
-    for suffix in (path.suffix, ".svg"):
-        write_figure(figure, path.with_suffix(suffix), title)
+    write_png_and_svg(figure, path, title)
 
 
-def _scale_errors(ax: Axes, networks: Sequence[Network]) -> None:
-    """A scale for the errors of the networks, which begins at a tick."""
-    errors = [
+def style_axes(ax: Axes) -> None:
+    """Whole numbers along x, a faint grid, no frame."""
+    ax.xaxis.set_major_locator(MaxNLocator(integer=True, steps=[1, 2, 5, 10]))
+    ax.grid(color="0.9", linewidth=0.6)
+    ax.spines[["top", "right"]].set_visible(False)
+
+
+def _list_errors(networks: Sequence[Network]) -> list[float]:
+    return [
         row[metric]
         for network in networks
         for run in network.runs
         for row in run.result.rows
         for metric in ("train_error", "test_error")
-        if math.isfinite(row[metric])
     ]
+
+
+def scale_errors(ax: Axes, errors: Sequence[float], name: str = "error") -> None:
+    """Set the y-scale for `errors` in percent: linear up to 1 %, logarithmic above, from the tick
+    below the lowest error."""
+    errors = [error for error in errors if math.isfinite(error)]
     top = min(100.0, max(errors, default=100.0))
     below = max((tick for tick in TICKS if tick <= min(errors, default=0.0)), default=0)
     ax.set_yscale("symlog", linthresh=1, linscale=0.6)
@@ -114,10 +138,10 @@ def _scale_errors(ax: Axes, networks: Sequence[Network]) -> None:
     ax.yaxis.set_major_locator(FixedLocator(TICKS))
     ax.yaxis.set_major_formatter(FuncFormatter(lambda error, _: f"{error:g}"))
     ax.yaxis.set_minor_locator(NullLocator())
-    ax.set_ylabel("error (%), logarithmic above 1 %")
+    ax.set_ylabel(f"{name} (%), logarithmic above 1 %")
 
 
-def _name_networks(networks: Sequence[Network], depths: Sequence[int]) -> list[Line2D]:
+def _name_networks(networks: Sequence[Network], colours: Mapping[int, str]) -> list[Line2D]:
     """A line a depth, which plain and residual twins share: they have equal blocks and
     parameters."""
     names: dict[tuple[int, str], list[str]] = {}
@@ -129,7 +153,7 @@ def _name_networks(networks: Sequence[Network], depths: Sequence[int]) -> list[L
         Line2D(
             [],
             [],
-            color=COLOURS[depths.index(depth) % len(COLOURS)],
+            color=colours[depth],
             label=f"{', '.join(members)}: {size}",
             **STYLES["training error"],
         )
@@ -140,7 +164,7 @@ def _name_networks(networks: Sequence[Network], depths: Sequence[int]) -> list[L
 def draw_run(rows: Sequence[Mapping[str, Any]], path: Path, title: str) -> None:
     """Draw one run: error of each split against epoch, of training solid, of other images dashed.
 
-    `rows` are those of `metrics.csv`. Written to `path`, whose suffix gives the format.
+    `rows` are those of `metrics.csv`. Written to `path`, a PNG, and as an SVG beside it.
     """
     figure = Figure(figsize=(6.4, 4.2), layout="constrained")
     ax = figure.subplots()
@@ -157,11 +181,9 @@ def draw_run(rows: Sequence[Mapping[str, Any]], path: Path, title: str) -> None:
     ax.set_xlim(left=0)
     ax.set_xlabel("epoch")
     ax.set_ylabel("error (%)")
-    ax.xaxis.set_major_locator(MaxNLocator(integer=True, steps=[1, 2, 5, 10]))
-    ax.grid(color="0.9", linewidth=0.6)
-    ax.spines[["top", "right"]].set_visible(False)
+    style_axes(ax)
     ax.legend(frameon=False)
-    write_figure(figure, path, title)
+    write_png_and_svg(figure, path, title)
 
 
 def _draw_network(ax: Axes, network: Network, colour: str) -> tuple[float, float, str, str] | None:
@@ -193,16 +215,45 @@ def _curves(runs: Sequence[Run], metric: str) -> tuple[list[float], np.ndarray]:
     return [row["step"] / per_epoch for row in longest], curves
 
 
-def _label_ends(ax: Axes, labels: list[tuple[float, float, str, str]]) -> None:
-    """Write each depth beside the end of its training curve, moved up where two would overlap."""
-    lowest = -np.inf
+def label_ends(ax: Axes, labels: Sequence[tuple[float, float, str, str]]) -> None:
+    """Write each label (x, y, text, colour) to the right of the end of its line.
+
+    A label is moved up where it would cover another one; where its line ends further left than
+    others, it is moved up or down to where it covers no line. Scales and lines must be there.
+    """
+    ax.get_xlim()  # autoscaling is lazy
+    to_shares = ax.transScale + ax.transLimits  # of the axes' width and height
+    lines = [to_shares.transform(np.asarray(line.get_xydata(), float)) for line in ax.lines]
+    last = max((np.fmax.reduce(line[:, 0], initial=0.0) for line in lines), default=0.0)
+    height = ax.get_position().height * cast(Figure, ax.figure).get_figheight()
+    gap = max(0.05, 11.5 / 72 / height)  # of points, in an axes so many inches high
+    placed: list[np.ndarray] = []
+
+    def is_free(place: np.ndarray) -> bool:
+        if any(abs(x - place[0]) < 0.08 and abs(y - place[1]) < gap - 1e-9 for x, y in placed):
+            return False
+        if place[0] + 0.01 > last:
+            return True
+        across = place[0] + np.linspace(0.01, 0.09, 9)
+        for line in lines:
+            heights = np.interp(across, *line.T, right=np.nan)
+            above = np.fmin(heights[1:], heights[:-1]) - place[1] > 0.6 * gap
+            below = place[1] - np.fmax(heights[1:], heights[:-1]) > 0.6 * gap
+            if not np.all(above | below | np.isnan(heights[1:])):
+                return False
+        return gap / 2 < place[1] < 1 - gap / 2
+
+    steps = gap / 4 * np.arange(40)
+    steps = np.stack([steps, -steps], 1).ravel()  # the nearest first
     for x, y, text, colour in sorted(labels, key=lambda label: label[1]):
-        height = float((ax.transScale + ax.transLimits).transform((x, y))[1])  # share of the axes
-        height = max(height, lowest)
-        lowest = height + 0.05
+        end = to_shares.transform((x, y))
+        stacked = sorted(max(0.0, above + gap - end[1]) for _, above in placed)
+        shifts = [0.0, *stacked] if end[0] + 0.01 > last else steps
+        places = (end + np.array([0, shift]) for shift in shifts)
+        placed.append(next(filter(is_free, places), end))
         ax.annotate(
             text,
-            (x, height),
+            (x, placed[-1][1]),
             xycoords=("data", "axes fraction"),
             xytext=(5, 0),
             textcoords="offset points",

@@ -37,11 +37,15 @@ METRICS = (
 
 @dataclass(frozen=True)
 class Diagnostic:
-    """A finding about the networks of a study, with a PNG picture if there is one."""
+    """A finding about the networks of a study, with a PNG picture and a table if there are any.
+
+    `table` is headings, and rows of text and numbers, as in `diagnostics.json`.
+    """
 
     title: str
     paragraph: str
     picture: bytes | None
+    table: tuple[list[str], list[list[str | float]]] | None = None
 
 
 def make_report(
@@ -114,8 +118,39 @@ def read_diagnostics(study: Path) -> list[Diagnostic]:
             picture = read_picture(path.with_name(figure), needed=True)
         elif figure is not None:
             _warn(f"{path} is damaged (a figure in it is not the name of a file beside it)")
-        diagnostics.append(Diagnostic(title, paragraph, picture))
+        table = None
+        if _is_table(entry.get("table")):
+            table = entry["table"]["headings"], entry["table"]["rows"]
+        elif entry.get("table") is not None:
+            _warn(f"{path} is damaged (a table in it is not headings and rows of as many cells)")
+        diagnostics.append(Diagnostic(title, paragraph, picture, table))
     return diagnostics
+
+
+def _is_table(value: Any) -> bool:
+    """Whether `value` is headings, and rows of text or finite numbers with a cell for each."""
+    if not isinstance(value, dict):
+        return False
+    headings, rows = value.get("headings"), value.get("rows")
+    return (
+        isinstance(headings, list)
+        and isinstance(rows, list)
+        and bool(headings and rows)
+        and all(isinstance(heading, str) for heading in headings)
+        and all(isinstance(row, list) and len(row) == len(headings) for row in rows)
+        and all(
+            isinstance(cell, str) or (type(cell) in (int, float) and abs(cell) < 1e15)
+            for row in rows
+            for cell in row
+        )
+    )
+
+
+def parse_number(text: str) -> float | None:
+    """The number that the text of a cell is, such as `-1,360` or `5.71e-07`; None for none."""
+    form = r"[+-]?\d{1,3}((,\d{3})*|\d*)(\.\d+)?(e[+-]?\d{1,3})?"
+    number = float(text.replace(",", "")) if re.fullmatch(form, text, re.ASCII) else math.inf
+    return number if math.isfinite(number) else None
 
 
 def read_picture(path: Path, needed: bool = False) -> bytes | None:
@@ -228,7 +263,11 @@ def _image(picture: bytes, alternative: str) -> str:
     # As wide as it is in print: the figures of this library have 160 dots an inch, a page has 96.
     width = int.from_bytes(picture[16:20]) * 96 // 160 or 600
     data = base64.b64encode(picture).decode()
-    return f'<img alt="{_text(alternative)}" width="{width}" src="data:image/png;base64,{data}">'
+    alt = _text(alternative)
+    return (
+        f'<div class="scroll picture" tabindex="0" role="region" aria-label="{alt}">'
+        f'<img alt="{alt}" width="{width}" src="data:image/png;base64,{data}"></div>'
+    )
 
 
 def _figure(lines: Sequence[Any], picture: bytes | None) -> str:
@@ -312,7 +351,18 @@ def _status(run: Run) -> str:
     return status
 
 
-def _table(caption: str, headings: Sequence[str], rows: Sequence[Sequence[Cell]]) -> str:
+def _table(
+    caption: str,
+    headings: Sequence[str],
+    rows: Sequence[Sequence[Cell]],
+    heads_section: bool = True,
+) -> str:
+    """A table in a box that scrolls. Caption and headings may be a stranger's text.
+
+    One that does not head its section shows no caption, and is no wider than its section's text.
+    """
+    caption = _text(caption)
+
     def cell(content: Cell) -> str:
         if isinstance(content, str):
             return f"<td>{_text(content)}</td>"
@@ -321,26 +371,41 @@ def _table(caption: str, headings: Sequence[str], rows: Sequence[Sequence[Cell]]
         return f'<td class="number" data-sort="{key}">{_text(text)}</td>'
 
     head = "".join(
-        f'<th scope="col"{"" if isinstance(content, str) else " class=number"}>{name}</th>'
+        f'<th scope="col"{"" if isinstance(content, str) else " class=number"}>{_text(name)}</th>'
         for name, content in zip(headings, rows[0], strict=True)
     )
     body = "\n".join(f"<tr>{''.join(map(cell, row))}</tr>" for row in rows)
     return (
-        f'<div class="scroll" tabindex="0" role="region" aria-label="{caption}"><table>'
-        f"<caption>{caption}</caption>\n"
-        f"<thead><tr>{head}</tr></thead>\n<tbody>{body}</tbody></table></div>"
+        f'<div class="scroll" tabindex="0" role="region" aria-label="{caption}">'
+        + (f"<table><caption>{caption}</caption>\n" if heads_section else '<table class="compact">')
+        + f"<thead><tr>{head}</tr></thead>\n<tbody>{body}</tbody></table></div>"
     )
 
 
 def _diagnostics(diagnostics: Sequence[Diagnostic]) -> str:
     sections = [
         f"<h3>{_text(each.title)}</h3>"
+        f"<p>{_text(each.paragraph)}</p>"
         + ("" if each.picture is None else _image(each.picture, each.title))
-        + f"<p>{_text(each.paragraph)}</p>"
+        + ("" if each.table is None else _number_table(each.title, *each.table))
         for each in diagnostics
     ]
     command = "<code>python experiments/diagnostics.py STUDY_DIR</code>"
     return "\n".join(sections) or f"<p>There are none yet: {command} makes them.</p>"
+
+
+def _number_table(title: str, headings: list[str], rows: list[list[str | float]]) -> str:
+    """The table of a diagnostic. A column that holds any number is sorted by its numbers."""
+    columns: list[list[Cell]] = []
+    for column in zip(*rows, strict=True):
+        texts = [cell if isinstance(cell, str) else f"{cell:,.6g}" for cell in column]
+        numbers = [parse_number(text) for text in texts]
+        values = [math.nan if number is None else number for number in numbers]
+        cells: list[Cell] = list(zip(texts, values, strict=True))
+        columns.append([*texts] if all(map(math.isnan, values)) else cells)
+    return _table(
+        f"{title}: table", headings, list(zip(*columns, strict=True)), heads_section=False
+    )
 
 
 def _command(commands: Sequence[str], remarks: Sequence[str]) -> str:

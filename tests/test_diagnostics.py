@@ -6,6 +6,7 @@ import re
 import shutil
 import signal
 import time
+from dataclasses import asdict
 from types import SimpleNamespace
 
 import jax
@@ -19,6 +20,7 @@ from flaxnets import InputError
 from flaxnets.console import run_command
 from flaxnets.diagnostics import (
     GradientLog,
+    NotPossibleError,
     gradient_norms,
     insert_identities,
     layer_names,
@@ -29,10 +31,13 @@ from flaxnets.diagnostics import (
     read_gradients,
     residual_ratios,
     without_batch_norm,
+    write_numbers,
 )
+from flaxnets.diagnostics import construction as construction_module
 from flaxnets.models.stacking import stack_blocks
-from tests.conftest import load_script
+from flaxnets.training import RECIPES
 from tests.helpers import quick_jit, random_images, random_variables
+from tests.test_diagnostic_figures import MADE
 
 LABELS = np.arange(12) % 10
 
@@ -314,7 +319,7 @@ def two_depths(degradation, data_dir, tmp_path_factory):
 
 
 @pytest.mark.slow
-def test_every_diagnostic(diagnostics, two_depths, data_dir, capsys):
+def test_every_diagnostic(diagnostics, two_depths, data_dir, capsys, tmp_path):
     arguments = [str(two_depths), "--data-dir", str(data_dir), "--images", "64"]
     assert run_command(diagnostics.main, arguments) == 0
     printed = capsys.readouterr().out
@@ -323,7 +328,10 @@ def test_every_diagnostic(diagnostics, two_depths, data_dir, capsys):
     assert [entry["name"] for entry in entries] == list(diagnostics.DIAGNOSTICS)
     for entry in entries:
         assert (out / entry["figure"]).read_bytes().startswith(b"\x89PNG")
+        assert (out / entry["figure"]).with_suffix(".svg").is_file()
         assert entry["paragraph"] in printed
+        for cell in entry["table"]["rows"][-1]:
+            assert cell in printed
         assert (out / f"{entry['name']}.json").is_file()
     assert len((two_depths / "plain-8" / "seed-0" / "gradients.csv").read_text().splitlines()) == 3
     built = json.loads((out / "construction.json").read_text())
@@ -337,6 +345,17 @@ def test_every_diagnostic(diagnostics, two_depths, data_dir, capsys):
     assert json.loads((out / "diagnostics.json").read_text()) == entries
     again = json.loads((out / "construction.json").read_text())
     assert again == built  # to the seconds
+    # The numbers are enough to make everything else again, wherever they are.
+    shutil.copytree(out, tmp_path / "study" / "diagnostics", ignore=shutil.ignore_patterns("*-*"))
+    for path in (tmp_path / "study" / "diagnostics").iterdir():
+        if path.suffix != ".json" or path.name == "diagnostics.json":
+            path.unlink()
+    assert run_command(diagnostics.main, [str(tmp_path / "study"), "--redraw"]) == 0
+    for path in (tmp_path / "study" / "diagnostics").iterdir():
+        if path.name not in (".lock", "diagnostics.json"):
+            assert path.read_bytes() == (out / path.name).read_bytes(), path
+    redrawn = json.loads((tmp_path / "study" / "diagnostics" / "diagnostics.json").read_text())
+    assert redrawn == [entry for entry in entries if entry["name"] != "gradient-log"]
 
 
 @pytest.mark.slow
@@ -354,7 +373,7 @@ def test_a_construction_goes_on_where_it_was_stopped(
         found = json.loads((tmp_path / name / "diagnostics" / "construction.json").read_text())
         return [{**row, "seconds": None} for row in found["continued"]]
 
-    train, steps = diagnostics.train_run, []
+    train, steps = construction_module.train_run, []
 
     def signalled(program, seed, directory, on_progress, stop, **more):
         def on_progress_then_signal(now):
@@ -369,7 +388,7 @@ def test_a_construction_goes_on_where_it_was_stopped(
 
         return train(program, seed, directory, on_progress_then_signal, stop, **more)
 
-    monkeypatch.setattr(diagnostics, "train_run", signalled)
+    monkeypatch.setattr(construction_module, "train_run", signalled)
     assert construct("stopped") == 130
     stopped_at = len(steps)
     assert "stopped and saved; continue with" in capsys.readouterr().err
@@ -388,20 +407,59 @@ def test_a_construction_goes_on_where_it_was_stopped(
         ("{study} --seed 3", "--seed is one of 0, not 3"),
         ("{empty}", "has no finished run of a plain or residual network"),
         ("{study} --images 0", "--images"),
+        ("{empty} --redraw", "holds no numbers of a diagnostic; leave out --redraw"),
+        ("{numbers} --redraw", r"gradients\.json is damaged, or of an earlier version"),
+        ("{numbers} --redraw --only responses", r"responses\.json cannot be read"),
     ],
 )
 def test_bad_input_gives_one_line(diagnostics, study, capsys, tmp_path, arguments, line):
-    arguments = arguments.format(study=study.out, empty=tmp_path)
+    numbers = tmp_path / "numbers"
+    (numbers / "diagnostics").mkdir(parents=True)
+    (numbers / "diagnostics" / "gradients.json").write_text('{"at the start": {}}')
+    arguments = arguments.format(study=study.out, empty=tmp_path, numbers=numbers)
     assert run_command(diagnostics.main, arguments.split()) == 2
     err = capsys.readouterr().err
     assert err.count("\n") == 1
     assert re.search(line, err)
 
 
-def test_gradients_are_told_by_their_factor():
-    """Only the greatest depth had its numbers, and a threshold parted 99 from 101."""
-    flow = load_script("diagnostics").flow
-    assert flow([0.3, 30.0]).endswith("from 30 at the last convolution to 0.3 at the first (1/100)")
-    assert flow([30.0, 0.3]).endswith("(100 times)")
-    assert flow([0.0, 0.3]).endswith("at the first")
-    assert flow([float("inf"), 0.3]).endswith("(not finite)")
+def test_stored_numbers_are_shown_without_the_networks(diagnostics, tmp_path, capsys):
+    out = tmp_path / "diagnostics"
+    out.mkdir()
+    names = ("gradients", "construction")
+    for name in names:
+        write_numbers(out / f"{name}.json", MADE[name])
+    assert run_command(diagnostics.main, [str(tmp_path), "--redraw"]) == 0
+    printed = capsys.readouterr().out
+    entries = json.loads((out / "diagnostics.json").read_text())
+    assert [entry["name"] for entry in entries] == list(names)
+    for name, entry in zip(names, entries, strict=True):
+        assert (out / f"{name}.svg").is_file()
+        assert entry["paragraph"] in printed
+    lines = [line.split() for line in printed.splitlines()]
+    assert ["plain-8", "start", "0.500", "640", "1,280"] in lines
+    assert ["plain-14", "from", "scratch", "22", "59.36"] in lines
+
+
+def test_the_depths_are_those_of_the_whole_study(diagnostics, study, data_dir, tmp_path):
+    """Colours go by them, whichever runs have finished."""
+    shutil.copytree(study.out, tmp_path / "study")
+    config = json.loads((study.out / "plain-8" / "seed-0" / "config.json").read_text())
+    started = tmp_path / "study" / "plain-6" / "seed-0"
+    started.mkdir(parents=True)
+    (started / "config.json").write_text(json.dumps({**config, "depth": 6}))
+    arguments = ["--only", "responses", "--images", "16", "--data-dir", str(data_dir)]
+    assert run_command(diagnostics.main, [str(tmp_path / "study"), *arguments]) == 0
+    stored = json.loads((tmp_path / "study" / "diagnostics" / "responses.json").read_text())
+    setting = {"dataset": "digits", "updates": 22, "seed": 0, "depths": [6, 8]}
+    assert stored["study"] == setting
+    assert list(stored["spreads"]) == ["plain-8", "residual-8"]
+
+
+def test_a_batch_that_does_not_fit_skips_the_construction(study, data_dir, monkeypatch):
+    """It is trained with the batch size of the study, whatever this machine's devices."""
+    monkeypatch.setattr(construction_module.jax, "device_count", lambda: 7)
+    runs = SimpleNamespace(run=SimpleNamespace(config={"recipe": asdict(RECIPES["digits"])}))
+    images = SimpleNamespace(dataset=SimpleNamespace(train=SimpleNamespace(labels=range(1437))))
+    with pytest.raises(NotPossibleError, match="batches of 128 of 1437 images do not divide by"):
+        construction_module.continue_training(images, None, runs, runs, {})

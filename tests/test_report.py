@@ -1,5 +1,6 @@
 """experiments/report.py, as a user types it, and its page, as a browser shows it."""
 
+import io
 import json
 import math
 import os
@@ -22,7 +23,7 @@ from flaxnets.conclusion import conclude
 from flaxnets.console import run_command
 from flaxnets.data import load_dataset
 from flaxnets.errors import DamageWarning
-from flaxnets.report import make_report, read_diagnostics, read_environments
+from flaxnets.report import Diagnostic, make_report, read_diagnostics, read_environments
 from flaxnets.reproduce import reproduce
 from flaxnets.study import Run, group_runs
 from flaxnets.training.loop import METRICS, RunResult
@@ -247,6 +248,78 @@ def test_diagnostics_become_sections(diagnostics):
     assert "diagnostics.py" not in page.text
 
 
+TABLE = {
+    "headings": ["network", "first / last", "worst block"],
+    "rows": [
+        ["plain-8", "1,360", "stage1_block1"],
+        ["plain-14", "not finite", "-"],
+        ["residual-8", "7.97", "<b>"],
+        ["residual-14", 0.0795, "-"],
+    ],
+}
+
+
+def test_tables_of_diagnostics_are_shown(diagnostics):
+    (found,), seen = diagnostics([{**entry(None), "table": TABLE}])
+    assert not seen
+    page = make_report([made_run("plain", 8, 0)], diagnostics=[found])
+    assert cells(page, 1) == [
+        TABLE["headings"],
+        ["plain-8", "1,360", "stage1_block1"],
+        ["plain-14", "not finite", "-"],
+        ["residual-8", "7.97", "&lt;b&gt;"],
+        ["residual-14", "0.0795", "-"],
+    ]
+    rows = re.findall(r"<table.*?</table>", page, re.DOTALL)[1]
+    assert re.findall('data-sort="(.*?)"', rows) == ["1360.0", "", "7.97", "0.0795"]
+
+
+def test_diagnostics_of_earlier_versions_have_no_table(diagnostics):
+    (found,), seen = diagnostics([entry("good.png")])
+    assert (found.table, seen) == (None, [])
+    page = make_report([made_run("plain", 8, 0)], diagnostics=[found])
+    assert page.count("<table") == 1
+
+
+@pytest.mark.parametrize(
+    "table",
+    [
+        7,
+        [],
+        {},
+        {"headings": ["a"]},
+        {"headings": ["a"], "rows": []},
+        {"headings": [], "rows": [[]]},
+        {"headings": "a", "rows": ["b"]},
+        {"headings": [1], "rows": [["b"]]},
+        {"headings": ["a"], "rows": [["b", "c"]]},
+        {"headings": ["a"], "rows": [{"b": 1}]},
+        {"headings": ["a"], "rows": [[None]]},
+        {"headings": ["a"], "rows": [[True]]},
+        {"headings": ["a"], "rows": [[math.nan]]},
+        {"headings": ["a"], "rows": [[10**400]]},
+    ],
+)
+def test_damaged_tables_are_left_out(diagnostics, table):
+    (found,), (warning,) = diagnostics([{**entry("good.png"), "table": table}])
+    assert found.table is None
+    assert found.picture
+    assert "diagnostics.json is damaged (a table in it is not headings and rows" in warning
+    assert warning.endswith("; the report leaves it out")
+
+
+def test_any_text_may_be_in_a_table():
+    texts = [*map(str, HOSTILE), EVIL, "1e999", "9" * 500, "-1,234.5e+02", "1,2", "\ud800", ""]
+    rows = [[text] for text in texts]
+    page = make_report([], diagnostics=[Diagnostic(EVIL, EVIL, None, ([EVIL], rows))])
+    assert page.encode()
+    assert Page(page).tags.count("script") == 2
+    assert not [name for name, _ in Page(page).attributes if name.startswith("on")]
+    keys = [key for key in re.findall('data-sort="(.*?)"', page) if key]
+    assert all(math.isfinite(float(key)) for key in keys)
+    assert "-123450.0" in keys
+
+
 @pytest.mark.parametrize(
     "content",
     [
@@ -391,7 +464,7 @@ def test_errors_that_fall_with_depth():
 
 
 def cells(page, table):
-    rows = re.findall(r"<tr>(.*?)</tr>", re.findall(r"<table>.*?</table>", page, re.DOTALL)[table])
+    rows = re.findall(r"<tr>(.*?)</tr>", re.findall(r"<table.*?</table>", page, re.DOTALL)[table])
     return [
         [re.sub("<.*?>", "", cell) for cell in re.findall("<t[hd].*?</t[hd]>", row)] for row in rows
     ]
@@ -782,6 +855,38 @@ def test_it_fits_any_window_and_theme(visit, width, theme):
     if theme == "light":
         dark, light = light, dark
     assert (dark < 120, light > 600) == (True, True)
+
+
+def wide_report():
+    """With figures and tables that are wider than a phone."""
+    picture = io.BytesIO()
+    Image.new("RGB", (1408, 700), "white").save(picture, "png")
+    table = [f"heading {i}" for i in range(9)], [[f"cell {i} of a row" for i in range(9)]] * 3
+    found = Diagnostic("A title", "Some words.", picture.getvalue(), table)
+    return make_report(made_study(), [{"packages": {"jax": "1" * 200}}], [found])
+
+
+@needs_browser
+def test_on_a_phone_figures_and_tables_scroll_and_the_page_does_not(visit):
+    """Figures shrank until nothing could be read, and tables were cut off."""
+    browser = visit(wide_report(), 390)
+    assert browser.execute_script("return document.documentElement.scrollWidth") <= 390
+    boxes = browser.find_elements(By.CLASS_NAME, "scroll")
+    assert len(boxes) == 3 + 2  # tables of the study; figure and table of the diagnostic
+    wide = [box for box in boxes if box.get_property("scrollWidth") > 390]
+    assert len(wide) == 4  # the table of differences is narrow
+    for box in wide:
+        assert box.get_property("clientWidth") <= 390
+        browser.execute_script("arguments[0].scrollLeft = 1e6", box)
+        assert box.get_property("scrollLeft") > 0
+        # Shades at both edges, which what scrolls may hide.
+        shades = box.value_of_css_property("background-attachment").split(", ")
+        assert shades == ["local", "local", "scroll", "scroll"]
+        assert box.get_attribute("tabindex") == "0"
+    image = browser.find_element(By.CSS_SELECTOR, ".picture img")
+    assert image.size["width"] == 704
+    browser = visit(wide_report(), 1280)
+    assert browser.find_element(By.CSS_SELECTOR, ".picture img").size["width"] == 1408 * 96 // 160
 
 
 @needs_browser

@@ -1,0 +1,79 @@
+"""Why plain networks degrade: what can be measured in trained residual networks and their twins.
+
+A diagnostic is a class: `measure` looks into the networks of a study, an instance holds the numbers
+that are stored, and figure, sentences and table are made from these numbers alone.
+"""
+
+from flaxnets.diagnostics.construction import Construction, insert_identities
+from flaxnets.diagnostics.finding import (
+    Diagnostic,
+    Finding,
+    Images,
+    Network,
+    NotPossibleError,
+    Options,
+    Setting,
+    Study,
+    Table,
+    TrainingPlan,
+    read_numbers,
+    write_finding,
+    write_numbers,
+)
+from flaxnets.diagnostics.gradients import (
+    GradientLog,
+    Gradients,
+    LoggedGradients,
+    gradient_norms,
+    read_gradients,
+    without_batch_norm,
+)
+from flaxnets.diagnostics.landscape import Landscape, loss_surface, random_direction
+from flaxnets.diagnostics.layers import block_names, layer_names
+from flaxnets.diagnostics.residuals import Residuals, lesion_errors, residual_ratios
+from flaxnets.diagnostics.responses import Responses, layer_responses
+
+# Under the names of their files, in the order in which they are run and shown.
+DIAGNOSTICS: dict[str, type[Diagnostic]] = {
+    "gradients": Gradients,
+    "gradient-log": LoggedGradients,
+    "responses": Responses,
+    "residuals": Residuals,
+    "construction": Construction,
+    "landscape": Landscape,
+}
+
+__all__ = [
+    "DIAGNOSTICS",
+    "Construction",
+    "Diagnostic",
+    "Finding",
+    "GradientLog",
+    "Gradients",
+    "Images",
+    "Landscape",
+    "LoggedGradients",
+    "Network",
+    "NotPossibleError",
+    "Options",
+    "Residuals",
+    "Responses",
+    "Setting",
+    "Study",
+    "Table",
+    "TrainingPlan",
+    "block_names",
+    "gradient_norms",
+    "insert_identities",
+    "layer_names",
+    "layer_responses",
+    "lesion_errors",
+    "loss_surface",
+    "random_direction",
+    "read_gradients",
+    "read_numbers",
+    "residual_ratios",
+    "without_batch_norm",
+    "write_finding",
+    "write_numbers",
+]

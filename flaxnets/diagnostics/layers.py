@@ -1,0 +1,69 @@
+"""Names of layers and blocks, and a look at the signals between them.
+
+Layers and blocks are named as in `params`, joined by `/`, and come in the order in which an image
+passes them. Networks are version 1 of `flaxnets.models.resnet`.
+"""
+
+import re
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import flax.linen as nn
+import jax
+
+from flaxnets.models.resnet import zero_padded_identity
+
+Variables = Mapping[str, Any]
+
+
+def layer_names(params: Mapping[str, Any]) -> list[str]:
+    """The weighted layers on the longest path: shortcuts are left out."""
+    names = [
+        "/".join(entry.key for entry in path[:-1])
+        for path, _ in jax.tree.leaves_with_path(params)
+        if len(path) > 1 and path[-1].key == "kernel" and path[-2].key[:8] != "shortcut"
+    ]
+
+    def place(name: str) -> tuple[bool, list[int]]:
+        return name == "head", [int(number) for number in re.findall(r"\d+", name)]
+
+    return sorted(names, key=place)
+
+
+def block_names(params: Mapping[str, Any]) -> list[str]:
+    """The blocks, `stage1_block1` first."""
+    return list(dict.fromkeys(name.split("/")[0] for name in layer_names(params)[1:-1]))
+
+
+def find_layer(tree: Mapping[str, Any], name: str) -> Any:
+    """The subtree of the layer `name`."""
+    for part in name.split("/"):
+        tree = tree[part]
+    return tree
+
+
+def watch_modules(
+    model: nn.Module, variables: Variables, images: jax.Array
+) -> dict[str, tuple[jax.Array, jax.Array]]:
+    """Input and output of every module, in evaluation mode, under its name."""
+    seen = {}
+
+    def look(call: Callable, args: Any, kwargs: Any, context: nn.module.InterceptorContext) -> Any:
+        output = call(*args, **kwargs)
+        if context.method_name == "__call__" and context.module.path:
+            seen["/".join(context.module.path)] = (args[0], output)
+        return output
+
+    with nn.intercept_methods(look):
+        model.apply(dict(variables), images, train=False)
+    return seen
+
+
+def shortcut_output(seen: Mapping[str, Any], block: str, like: jax.Array) -> jax.Array:
+    """The output of a block's shortcut, with the shape of `like`; for a plain block, that of the
+    parameter-free shortcut A. `seen` is what `watch_modules` gives."""
+    projection = seen.get(f"{block}/shortcut_bn")
+    if projection is not None:
+        return projection[1]
+    x = seen[block][0]
+    return zero_padded_identity(x, like.shape[-1], -(-x.shape[1] // like.shape[1]))
