@@ -1,8 +1,12 @@
-"""What a trained network takes pictures for.
+"""Classify pictures with a trained network.
 
-python experiments/predict.py runs/train/folder-resnet18/seed-0 cat.jpg dog.png
+    python experiments/predict.py runs/train/folder-resnet18/seed-0 cat.jpg dog.png
 
-Of each picture the same part is looked at, at the same size, as when the network was measured.
+Each picture is cropped and resized as the test pictures were when the network was evaluated. A
+picture that cannot be read is named on stderr, and the others are still classified.
+
+Exit status: 0 if all pictures were classified, 1 if only some of the pictures could be read, 2 if
+none could or the arguments are wrong.
 """
 
 import signal
@@ -39,10 +43,10 @@ def main(arguments: list[str] | None = None) -> int:
     shape, fraction = run.preprocess.image_shape, evaluation_fraction(run.config)
     if shape[2] not in (1, 3):
         raise InputError(f"the network takes {shape[2]} channels, and pictures have 1 or 3")
-    images, problems = read_pictures(args.images, shape, fraction)
-    if problems:
-        for problem in problems:
-            print(f"error: {problem}", file=sys.stderr)
+    names, images, problems = read_pictures(args.images, shape, fraction)
+    for problem in problems:
+        print(f"error: {problem}", file=sys.stderr)
+    if not images:
         return 2
 
     batch_size = evaluation_batch(run.preprocess.input_shape)
@@ -55,28 +59,29 @@ def main(arguments: list[str] | None = None) -> int:
     if not np.isfinite(logits).all():
         raise InputError(f"the network of {args.run} gives no numbers: its training diverged")
     console = plain_console()
-    for name, probabilities in zip(args.images, compute_probabilities(logits), strict=True):
+    for name, probabilities in zip(names, compute_probabilities(logits), strict=True):
         console.print(shorten(name, 300), soft_wrap=True)
         console.print(predictions_table(probabilities, run.class_names, args.top))
-    return 0
+    return 1 if problems else 0
 
 
 def read_pictures(
     names: list[str], image_shape: tuple[int, int, int], fraction: float
-) -> tuple[list[np.ndarray], list[str]]:
-    """Pictures as images of that shape, and in a line each, what is wrong with the others."""
+) -> tuple[list[str], list[np.ndarray], list[str]]:
+    """Names and images of the readable pictures, and a line on each of the others."""
     height, width, channels = image_shape
     centre = partial(fit_box, new_height=height, new_width=width, fraction=fraction)
-    images, problems = [], []
+    readable, images, problems = [], [], []
     for name in names:
         try:
             data = Path(name).read_bytes()
             images.append(decode_crop(data, channels, height, width, centre))
+            readable.append(name)
         except OSError as error:
             problems.append(f"{shorten(name, 200)} cannot be read: {error.strerror}")
         except ValueError as error:
             problems.append(f"{shorten(name, 200)} cannot be read: {shorten(str(error), 200)}")
-    return images, problems
+    return readable, images, problems
 
 
 def predictions_table(probabilities: np.ndarray, class_names: tuple[str, ...], top: int) -> Table:

@@ -20,6 +20,7 @@ import contextlib
 import hashlib
 import importlib.util
 import json
+import os
 import shlex
 import sys
 import types
@@ -73,6 +74,7 @@ from flaxnets.restore import preprocess_of, restore
 from flaxnets.study import begin_run, check_place, check_run, lock_directory
 from flaxnets.tables import millions
 from flaxnets.tensorboard import open_tensorboard
+from flaxnets.text import shorten
 from flaxnets.training import (
     RECIPES,
     Checkpoints,
@@ -85,7 +87,7 @@ from flaxnets.training import (
 )
 from flaxnets.training.checkpoints import read_newest
 from flaxnets.training.loop import best_epoch
-from flaxnets.training.recipes import CHOICES, PRESETS
+from flaxnets.training.recipes import CHOICES, PRESETS, describe_fields
 
 DEFAULT_RECIPE = "adam"
 # Images, decoded, that are kept in memory rather than read again each epoch.
@@ -120,12 +122,17 @@ def main(arguments: list[str] | None = None) -> int:
     begin = begin_from(start, args, model, preprocess)
     check_run(out, config)
     total_steps = recipe.total_steps(num_train)
+    height, width, channels = preprocess.input_shape
+    validation = ""
+    if len(validation_rows):
+        default = " (a tenth, by default)" if args.validation is None else ""
+        validation = f"{len(validation_rows):,} to validate{default}, "
     console.print(
-        f"{args.model}, {millions(cost.parameters)} parameters, on {num_train:,} images of "
-        f"{args.dataset} ({'streamed' if isinstance(dataset, StreamedDataset) else 'in memory'}), "
-        f"{len(dataset.class_names)} classes, {len(validation_rows):,} more to validate and "
-        f"{number(dataset.test):,} to test with; recipe {recipe.name}, {total_steps:,} updates of "
-        f"{recipe.batch_size} images",
+        f"{args.model}, {millions(cost.parameters)} parameters, on {shorten(args.dataset, 200)} "
+        f"({'streamed' if isinstance(dataset, StreamedDataset) else 'in memory'}): "
+        f"{len(dataset.class_names)} classes, {num_train:,} images of {height}x{width}x{channels} "
+        f"to train, {validation}{number(dataset.test):,} to test; recipe {recipe.name}, "
+        f"{total_steps:,} updates of {recipe.batch_size} images",
         soft_wrap=True,
     )
     if args.dry_run:
@@ -263,6 +270,7 @@ def make_program(
             args.seed,
             splits,
             workers=args.data_workers,
+            skip_unreadable=args.skip_unreadable,
             **more,
         )
     rows = Split(*(array[train_rows] for array in dataset.train))
@@ -311,24 +319,37 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
         "--list-recipes", action="store_true", help="print all recipes with their sources, and stop"
     )
     add("--seed", type=int, default=0, help="(%(default)s)")
-    add("--validation", type=positive(int), metavar="N", help="hold out so many training images")
-    add("--patience", type=positive(int), metavar="N", help="stop N epochs after the best one")
+    add("--validation", type=positive(int), metavar="N", help="hold out N training images")
+    add(
+        "--patience",
+        type=positive(int),
+        metavar="N",
+        help="stop N epochs after the lowest validation error; "
+        "holds out a tenth of the training images unless --validation says how many",
+    )
     add("--init-from", type=Path, metavar="PATH", help="weights of a run, or a PyTorch file")
-    add("--freeze-backbone", action="store_true", help="train the classifier (head) alone")
+    add("--freeze-backbone", action="store_true", help="train only the classifier (head)")
     add("--precision", default="float32", help="float32 (default) or bfloat16")
-    add("--stream", action="store_true", help="read pictures anew each epoch")
+    add("--stream", action="store_true", help="read the pictures again in each epoch")
     add("--in-memory", action="store_true", help="read all pictures once")
-    add("--data-workers", type=int, default=0, metavar="N", help="processes that read pictures")
+    add("--data-workers", type=int, default=0, metavar="N", help="processes that read pictures (0)")
     add("--skip-unreadable", action="store_true", help="leave out pictures that cannot be read")
-    add("--tensorboard", action="store_true", help="write the metrics as events, too")
-    add("--checkpoint-every", default="60s", type=checkpoint_every, help="(%(default)s)")
-    add("--deterministic", action="store_true", help="the same bits each time on GPUs, too")
+    add("--tensorboard", action="store_true", help="also write the metrics as TensorBoard events")
+    add(
+        "--checkpoint-every",
+        default="60s",
+        type=checkpoint_every,
+        metavar="INTERVAL",
+        help="time or steps between checkpoints, such as 500s or 2000steps (%(default)s)",
+    )
+    add("--deterministic", action="store_true", help="on a GPU, the same bits each time")
     add("--out", type=Path, help="default: runs/train/<dataset>-<model>-<recipe>/seed-<seed>")
     add("--dry-run", action="store_true", help="print what would be done, and stop")
     group = parser.add_argument_group("fields of the recipe, in place of its own")
+    descriptions = describe_fields()
     for field in recipe_fields():
         flag = f"--{field.name.replace('_', '-')}"
-        group.add_argument(flag, metavar="X", help=", ".join(CHOICES.get(field.name, ())))
+        group.add_argument(flag, metavar="X", help=descriptions[field.name].replace("%", "%%"))
     args = parser.parse(arguments)
     if args.list_recipes:
         return args
@@ -346,7 +367,10 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
     if args.tensorboard and not importlib.util.find_spec("tensorboardX"):
         raise InputError("--tensorboard needs tensorboardX: pip install -e '.[tensorboard]'")
     if args.freeze_backbone and args.init_from is None:
-        raise InputError("--freeze-backbone needs --init-from: a backbone at random is of no use")
+        raise InputError(
+            "--freeze-backbone needs --init-from: freezing a randomly initialised backbone is "
+            "pointless"
+        )
     if not is_network(args.model):
         raise InputError(
             f"--model {args.model}: networks of up to {DEEPEST} layers can be restored"
@@ -438,6 +462,9 @@ def plan_run(
         cost = count_cost(model, preprocess.input_shape, dataset.num_classes)
     except InputError as error:
         raise InputError(f"{error}; give a larger --image-size") from error
+    folder = args.dataset.removeprefix("folder:")
+    # The name is as it was typed, perhaps relative to another directory than the next command's.
+    place = {} if folder == args.dataset else {"path": os.path.abspath(folder)}
     config = {
         "kind": args.model,
         "depth": args.depth,
@@ -451,6 +478,7 @@ def plan_run(
         "preprocess": asdict(preprocess),
         "dataset": {
             "name": args.dataset,
+            **place,
             "version": dataset.version,
             "streamed": streamed,
             "train_examples": num_train,

@@ -109,22 +109,47 @@ def test_the_best_state(predict, capsys, trained, pictures, digits, tmp_path):
     assert [float(p) for _, p in rows] == pytest.approx(np.sort(row)[::-1][:5], abs=0.006)
 
 
-def test_every_picture_that_cannot_be_read_is_named(predict, capsys, trained, pictures, tmp_path):
+@pytest.fixture
+def unreadable(pictures, tmp_path):
+    """No picture, half of one, a folder, one that is not there, and one that cannot be."""
     (tmp_path / "text.png").write_text("no picture")
     (tmp_path / "half.png").write_bytes(pictures[0].read_bytes()[:60])
     (tmp_path / "folder").mkdir()
-    bad = [tmp_path / name for name in ("text.png", "half.png", "folder", "gone.jpg")]
-    status, out, err = command(predict, capsys, trained, pictures[0], *bad, "a\0b")
+    return [*(tmp_path / name for name in ("text.png", "half.png", "folder", "gone.jpg")), "a\0b"]
+
+
+def test_every_picture_that_cannot_be_read_is_named(predict, capsys, trained, unreadable):
+    status, out, err = command(predict, capsys, trained, *unreadable)
     assert status == 2
     assert out == ""
     lines = err.splitlines()
     assert len(lines) == 5
-    for line, path in zip(lines, bad, strict=False):
+    for line, path in zip(lines[:4], unreadable[:4], strict=True):
         assert line.startswith(f"error: {path} cannot be read: ")
     assert "not a JPEG, PNG, WebP or BMP picture" in lines[0]
     assert "directory" in lines[2]
     assert "No such file" in lines[3]
     assert lines[4].startswith("error: a?b cannot be read")
+
+
+def test_readable_pictures_are_classified_beside_unreadable_ones(
+    predict, capsys, trained, pictures, unreadable
+):
+    _, expected, _ = command(predict, capsys, trained, *pictures)
+    first, second, third = pictures
+    mixed = [unreadable[0], first, *unreadable[1:3], second, third, *unreadable[3:]]
+    status, out, err = command(predict, capsys, trained, *mixed)
+    assert status == 1
+    assert out == expected
+    assert [line.split(":")[0] for line in err.splitlines()] == ["error"] * 5
+
+
+def test_help_lists_the_exit_statuses(predict, capsys):
+    with pytest.raises(SystemExit, match="0"):
+        predict.main(["--help"])
+    out = " ".join(capsys.readouterr().out.split())
+    assert out.count("Classify pictures with a trained network.") == 1
+    assert "1 if only some of the pictures could be read" in out
 
 
 def edit_config(run, **changes):

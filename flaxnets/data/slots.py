@@ -17,11 +17,10 @@ from dataclasses import dataclass
 from multiprocessing import current_process, parent_process
 from multiprocessing.shared_memory import SharedMemory
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
-from flaxnets.data.datasets import Split
 from flaxnets.errors import InputError
 
 # Where Linux shows names of shared memory and, after `sem.`, of semaphores.
@@ -30,15 +29,37 @@ OWNED_NAME = re.compile(r"(?:sem\.)?flaxnets-(\d+)-(\d+)-(\d+)-.*")
 # Of a worker process: its number, and how many there are.
 _worker = (0, 1)
 
+# Index in the source of each picture that could not be read, and the reason.
+Unreadable = tuple[tuple[int, str], ...]
 
-def stack_batch(examples: Sequence[Split], images: np.ndarray) -> Split:
+
+class Example(NamedTuple):
+    """A picture uint8 `(height, width, channels)`, its label, and what was skipped for it."""
+
+    image: np.ndarray
+    label: int
+    unreadable: Unreadable = ()
+
+
+class Batch(NamedTuple):
+    """Images and labels as in `flaxnets.data.Split`, and what was skipped for them.
+
+    In transit from a worker, `labels` is bytes, and `images` is bytes or a slot's number.
+    """
+
+    images: Any
+    labels: Any
+    unreadable: Unreadable
+
+
+def stack_batch(examples: Sequence[Example], images: np.ndarray) -> Batch:
     """A batch in `images`, which is filled up with zeros where it takes more than `examples`."""
     count = len(examples)
     labels = np.zeros(len(images), np.int32)
-    labels[:count] = [example.labels for example in examples]
-    np.stack([example.images for example in examples], out=images[:count])
+    labels[:count] = [example.label for example in examples]
+    np.stack([example.image for example in examples], out=images[:count])
     images[count:] = 0
-    return Split(images, labels)
+    return Batch(images, labels, tuple(each for some in examples for each in some.unreadable))
 
 
 @dataclass(frozen=True)
@@ -64,29 +85,30 @@ class Slots:
             ) from error
         return cls(memory, shape, number)
 
-    def send(self, examples: Sequence[Split]) -> Split:
+    def send(self, examples: Sequence[Example]) -> Batch:
         """A batch, in a worker; a slot's number takes the place of images if one is free.
 
-        The rest is bytes: Grain would put every array into shared memory with a name, which stays
-        for ever when the processes are killed.
+        Arrays become bytes: Grain would put each of them into shared memory with a name, which
+        stays for ever when the processes are killed.
         """
         full = self._full
         for slot in range(_worker[0], self.number, _worker[1]):
             if not full[slot]:
                 batch = stack_batch(examples, self._images(slot))
                 full[slot] = True
-                return Split(slot, batch.labels.tobytes())
-        images, labels = stack_batch(examples, np.empty(self.shape, np.uint8))
-        return Split(images.tobytes(), labels.tobytes())
+                return batch._replace(images=slot, labels=batch.labels.tobytes())
+        batch = stack_batch(examples, np.empty(self.shape, np.uint8))
+        return batch._replace(images=batch.images.tobytes(), labels=batch.labels.tobytes())
 
-    def receive(self, batch: Split) -> Split:
+    def receive(self, batch: Batch) -> Batch:
         """The batch that was sent, in memory of this process alone."""
         labels = np.frombuffer(batch.labels, np.int32).copy()
-        if not isinstance(batch.images, int):
-            return Split(np.frombuffer(batch.images, np.uint8).reshape(self.shape).copy(), labels)
-        images = self._images(batch.images).copy()
-        self._full[batch.images] = False
-        return Split(images, labels)
+        if isinstance(batch.images, int):
+            images = self._images(batch.images).copy()
+            self._full[batch.images] = False
+        else:
+            images = np.frombuffer(batch.images, np.uint8).reshape(self.shape).copy()
+        return batch._replace(images=images, labels=labels)
 
     # Views are made for each use, since memory with any on it cannot be closed.
 

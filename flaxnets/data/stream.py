@@ -8,6 +8,7 @@ import atexit
 import hashlib
 import os
 import signal
+import warnings
 import weakref
 from collections.abc import Generator, Sequence
 from contextlib import closing
@@ -31,13 +32,29 @@ from flaxnets.data.datasets import (
     find_dataset,
 )
 from flaxnets.data.images import decode_crop, fit_box, resized_box, scaled_box
-from flaxnets.data.slots import Slots, begin_worker, own_semaphores, remove_leftovers, stack_batch
-from flaxnets.errors import InputError
+from flaxnets.data.slots import (
+    Batch,
+    Example,
+    Slots,
+    Unreadable,
+    begin_worker,
+    own_semaphores,
+    remove_leftovers,
+    stack_batch,
+)
+from flaxnets.errors import FallbackWarning, InputError
+from flaxnets.text import plural
 
 CROPS = ("resized", "scaled", "fixed", "none")
 LOADED_TOGETHER = 64
 # As many batches as Grain has on their way from a worker.
 SLOTS_OF_A_WORKER = 5
+# This many unreadable pictures in a row mean a missing or unreachable folder, not damaged pictures.
+TOO_MANY_IN_A_ROW = 100
+
+
+class DamagedDatasetError(InputError):
+    """A prepared data set is damaged. Never skipped, since the other examples are suspect too."""
 
 
 class Source(Protocol):
@@ -57,6 +74,7 @@ class Source(Protocol):
 
         Raises:
           InputError: it cannot be read.
+          DamagedDatasetError: the data set as a whole is damaged.
         """
         ...
 
@@ -145,13 +163,18 @@ class TfdsSource:
         try:
             example = self._records[index]
         except (RuntimeError, IndexError, OSError) as error:
-            raise InputError(
+            raise DamagedDatasetError(
                 f"{self.directory} is damaged ({error}); delete it and prepare it again"
             ) from error
         data, label = example[self.image_key], example[self.label_key]
         if data is None or label is None:
-            raise InputError(f"{self.name(index)} is damaged; delete all and prepare it again")
-        check_label(int(label), self.num_classes, self.name(index))
+            raise DamagedDatasetError(
+                f"{self.name(index)} is damaged; delete all and prepare it again"
+            )
+        try:
+            check_label(int(label), self.num_classes, self.name(index))
+        except InputError as error:
+            raise DamagedDatasetError(*error.args) from None
         return data, int(label)
 
     def name(self, index: int) -> str:
@@ -252,6 +275,8 @@ class TrainStream:
         a shorter side of 256 for crops of 224), or "none" for all that fits around the centre.
       flip: whether half of the crops are mirrored left to right.
       workers: processes that prepare batches; with 0 it is done by threads of this one.
+      skip_unreadable: replace a picture that cannot be read with the next readable one of `source`
+        (after its last, the first), cropped with the same random numbers, and warn.
 
     Raises:
       InputError: one of them is out of its range, or there are fewer examples than a batch takes.
@@ -265,6 +290,7 @@ class TrainStream:
     batch_size: int
     seed: int
     workers: int = 0
+    skip_unreadable: bool = False
 
     def __post_init__(self) -> None:
         if self.crop not in CROPS:
@@ -284,15 +310,22 @@ class TrainStream:
     def steps_per_epoch(self) -> int:
         return len(self.source) // self.batch_size
 
-    def batches(self, step: int, total_steps: int) -> Generator[Split]:
+    def batches(
+        self, step: int, total_steps: int, skipped: set[str] | None = None
+    ) -> Generator[Split]:
         """The batches of steps `step`, `step + 1`, ... `total_steps - 1`, counted over all epochs.
 
         Images uint8 `(batch, image_size, image_size, channels)`, labels int32 `(batch,)`. Each
         epoch has its own order; the examples left over at its end are dropped. Close the iterator
         to stop before its end: it ends the threads or workers.
 
+        Args:
+          skipped: names of the pictures skipped so far, to which new ones are added. Pass the same
+            set to all streams of a run to be warned of each picture once.
+
         Raises:
-          InputError: on the way, a picture cannot be read; it is named.
+          InputError: on the way, a picture cannot be read; it is named. With `skip_unreadable`,
+            that is TOO_MANY_IN_A_ROW pictures in a row, or all of them.
         """
         epochs = max(1, -(-total_steps // self.steps_per_epoch))
         examples = (
@@ -304,7 +337,15 @@ class TrainStream:
             .repeat(epochs)
         )
         shape = (self.batch_size, self.image_size, self.image_size, self.channels)
-        return _closed_at_exit(_batches(examples, shape, step, total_steps, self.workers))
+        warned = set() if skipped is None else skipped
+
+        def splits() -> Generator[Split]:
+            with closing(_batches(examples, shape, step, total_steps, self.workers)) as batches:
+                for batch in batches:
+                    _warn_of_skipped(self.source, batch.unreadable, warned)
+                    yield Split(batch.images, batch.labels)
+
+        return _closed_at_exit(splits())
 
 
 def eval_batches(
@@ -314,6 +355,8 @@ def eval_batches(
     fraction: float,
     batch_size: int,
     workers: int = 0,
+    skip_unreadable: bool = False,
+    skipped: set[str] | None = None,
 ) -> Generator[tuple[Split, np.ndarray]]:
     """All examples once, in order, each as `flaxnets.data.images.fit` cuts it out.
 
@@ -321,18 +364,37 @@ def eval_batches(
     Batches as those of `TrainStream`, with weights bool `(batch,)`; the last batch is filled up
     with zeros, whose weights are False.
 
+    Args:
+      skip_unreadable: give pictures that cannot be read the weight False, and warn of them after
+        the last batch.
+      skipped: see `TrainStream.batches`.
+
     Raises:
-      InputError: on the way, a picture cannot be read; it is named.
+      InputError: on the way, a picture cannot be read; it is named. With `skip_unreadable`, that
+        none of them can.
     """
     examples = grain.MapDataset.range(len(source))
-    examples = examples.map(_EvalExample(source, image_size, channels, fraction))
+    examples = examples.map(_EvalExample(source, image_size, channels, fraction, skip_unreadable))
     shape = (batch_size, image_size, image_size, channels)
     steps = -(-len(source) // batch_size)
 
     def weighted() -> Generator[tuple[Split, np.ndarray]]:
+        unreadable: Unreadable = ()
         with closing(_batches(examples, shape, 0, steps, workers)) as batches:
             for i, batch in enumerate(batches):
-                yield batch, np.arange(batch_size) < len(source) - i * batch_size
+                start = i * batch_size
+                weights = np.arange(batch_size) < len(source) - start
+                weights[[index - start for index, _ in batch.unreadable]] = False
+                unreadable += batch.unreadable
+                yield Split(batch.images, batch.labels), weights
+        # Warnings come last, so that a folder that is gone is one error and not a line a picture.
+        if unreadable and len(unreadable) == len(source):
+            index, reason = unreadable[0]
+            raise InputError(
+                f"none of {plural(len(source), 'picture')} can be read, such as "
+                f"{source.name(index)} ({reason}); check that they are still there"
+            )
+        _warn_of_skipped(source, unreadable, set() if skipped is None else skipped)
 
     return _closed_at_exit(weighted())
 
@@ -376,7 +438,27 @@ class _TrainExample:
 
     stream: TrainStream
 
-    def __call__(self, index: int, rng: np.random.Generator) -> Split:
+    def __call__(self, index: int, rng: np.random.Generator) -> Example:
+        source, unreadable = self.stream.source, []
+        # Restored for each attempt: decoding may fail before or after the crop is drawn, and a
+        # batch must only depend on which pictures are readable.
+        state = rng.bit_generator.state
+        while True:
+            try:
+                return Example(*self._crop(index, rng), tuple(unreadable))
+            except InputError as error:
+                reason = _reason_to_skip(error, self.stream.skip_unreadable)
+                unreadable.append((int(index), reason))
+            if len(unreadable) == min(len(source), TOO_MANY_IN_A_ROW):
+                first, reason = unreadable[0]
+                raise InputError(
+                    f"{len(unreadable)} pictures in a row cannot be read, from "
+                    f"{source.name(first)} ({reason}) on; check that the pictures are still there"
+                )
+            index = (index + 1) % len(source)
+            rng.bit_generator.state = state
+
+    def _crop(self, index: int, rng: np.random.Generator) -> tuple[np.ndarray, int]:
         stream = self.stream
         size = stream.image_size
         mirrored = stream.flip and rng.random() < 0.5
@@ -397,28 +479,57 @@ class _EvalExample:
     image_size: int
     channels: int
     fraction: float
+    skip_unreadable: bool
 
-    def __call__(self, index: int) -> Split:
+    def __call__(self, index: int) -> Example:
         size = self.image_size
         draw = partial(fit_box, new_height=size, new_width=size, fraction=self.fraction)
-        return _read(self.source, index, self.channels, size, draw)
+        try:
+            return Example(*_read(self.source, index, self.channels, size, draw))
+        except InputError as error:
+            reason = _reason_to_skip(error, self.skip_unreadable)
+            nothing = np.zeros((size, size, self.channels), np.uint8)
+            return Example(nothing, 0, ((int(index), reason),))
 
 
 def _read(
     source: Source, index: int, channels: int, size: int, draw: Any, mirrored: bool = False
-) -> Split:
+) -> tuple[np.ndarray, int]:
     data, label = source[index]
     try:
-        return Split(decode_crop(data, channels, size, size, draw, mirrored), label)
+        return decode_crop(data, channels, size, size, draw, mirrored), label
     except ValueError as error:
         raise InputError(
             f"{source.name(index)} cannot be read ({error}); replace it or take it away"
         ) from error
 
 
+def _reason_to_skip(error: InputError, skip_unreadable: bool) -> str:
+    """The reason for a warning, or raise `error` again if its picture must not be skipped."""
+    if not skip_unreadable or isinstance(error, DamagedDatasetError):
+        raise error
+    # The file system's or decoder's own words, without the name and the advice around them.
+    cause = error.__cause__ or error
+    return str(getattr(cause, "strerror", None) or cause)
+
+
+def _warn_of_skipped(source: Source, unreadable: Unreadable, skipped: set[str]) -> None:
+    """Warn of pictures that are not in `skipped` yet, and add them."""
+    for index, reason in unreadable:
+        name = source.name(index)
+        if name not in skipped:
+            skipped.add(name)
+            warnings.warn(
+                f"{name} cannot be read ({reason}) and is skipped; "
+                f"{plural(len(skipped), 'picture')} skipped so far",
+                FallbackWarning,
+                stacklevel=3,
+            )
+
+
 def _batches(
     examples: grain.MapDataset, shape: tuple[int, ...], start: int, stop: int, workers: int
-) -> Generator[Split]:
+) -> Generator[Batch]:
     """The batches from `start` to `stop` of `examples`, read ahead; `shape` is that of images."""
     if start >= stop:
         return
@@ -433,8 +544,8 @@ def _batches(
 
 def _read_with_threads(
     examples: grain.MapDataset, shape: tuple[int, ...], start: int, stop: int, _: int
-) -> Generator[Split]:
-    def stack(examples: Sequence[Split]) -> Split:
+) -> Generator[Batch]:
+    def stack(examples: Sequence[Example]) -> Batch:
         return stack_batch(examples, np.empty(shape, np.uint8))
 
     # One picture at a time for each thread: the first batch is there soon, and closing is fast.
@@ -450,7 +561,7 @@ def _read_with_threads(
 
 def _read_with_workers(
     examples: grain.MapDataset, shape: tuple[int, ...], start: int, stop: int, workers: int
-) -> Generator[Split]:
+) -> Generator[Batch]:
     workers = min(workers, stop - start)
     remove_leftovers()
     slots, received = Slots.create(shape, SLOTS_OF_A_WORKER * workers), 0

@@ -19,6 +19,7 @@ import jax
 import optax
 from jax.sharding import Mesh
 
+from flaxnets.config import comparable
 from flaxnets.data.batches import Augmentation, Preprocess, epoch_order
 from flaxnets.data.datasets import Dataset, Split, refuse_nothing_to_learn
 from flaxnets.data.stream import TrainStream, eval_batches
@@ -173,6 +174,7 @@ class Program:
         optimizer: optax.GradientTransformation | None = None,
         frozen: bool = False,
         patience: int | None = None,
+        skip_unreadable: bool = False,
     ) -> "Program":
         """The same for pictures that are read anew each time.
 
@@ -180,17 +182,28 @@ class Program:
           train, splits: sources of encoded pictures, see `flaxnets.data.stream`.
           seed: of order, crops and mirror images.
           workers: processes that read for training; 0 for threads of this one.
+          skip_unreadable: in training, replace pictures that cannot be read; in evaluation, leave
+            them out; warn of each once. Otherwise the first of them is an `InputError`.
         """
         shared = _shared(model, depth, recipe, len(train), preprocess, mesh, optimizer)
         crops = recipe.augmentation(Augmentation(), preprocess.image_shape[0])
         eval_step = make_eval_step(model, preprocess, mesh)
         size, _, channels = preprocess.image_shape
         stream = TrainStream(
-            train, size, channels, crops.crop, crops.flip, recipe.batch_size, seed, workers
+            train,
+            size,
+            channels,
+            crops.crop,
+            crops.flip,
+            recipe.batch_size,
+            seed,
+            workers,
+            skip_unreadable,
         )
+        skipped: set[str] = set()
 
         def feed(key: jax.Array, step: int) -> Iterator[tuple[Split]]:
-            batches: Any = stream.batches(step, shared["total_steps"])
+            batches: Any = stream.batches(step, shared["total_steps"], skipped)
             with closing(batches):
                 for batch in batches:
                     yield (jax.device_put(batch, split_batch(mesh)),)
@@ -199,7 +212,13 @@ class Program:
             def evaluate_source(variables: dict, stop: Callable[[], bool]):
                 # By threads: processes would take seconds to start, each time.
                 batches: Any = eval_batches(
-                    source, size, channels, crops.seen_at_evaluation, eval_batch(mesh)
+                    source,
+                    size,
+                    channels,
+                    crops.seen_at_evaluation,
+                    eval_batch(mesh),
+                    skip_unreadable=skip_unreadable,
+                    skipped=skipped,
                 )
                 with closing(batches):
                     return evaluate_batches(eval_step, variables, batches, stop)
@@ -382,7 +401,7 @@ def train_run(
         if checkpoints.step is None:
             state = begin(state)
         else:
-            if config is not None and checkpoints.read_config() != json.loads(json.dumps(config)):
+            if config is not None and comparable(checkpoints.read_config()) != comparable(config):
                 raise InputError(f"{directory} holds another run; move it away")
             result = RunResult.from_json(checkpoints.read_progress(), program.columns)
             state = checkpoints.restore(state)
@@ -477,7 +496,7 @@ def _check_best(best: Checkpoints, result: RunResult, config: dict[str, Any] | N
     best.warn_of_damage("it is set aside")
     if best.step is not None:
         try:
-            reason = find_mismatch(best, json.loads(json.dumps(config or {})), result.rows)
+            reason = find_mismatch(best, config or {}, result.rows)
         except InputError as error:
             reason = str(error)
         # Every process has read it before the primary one renames it.
@@ -501,7 +520,7 @@ def _check_best(best: Checkpoints, result: RunResult, config: dict[str, Any] | N
 
 def find_mismatch(best: Checkpoints, config: Any, rows: list[dict[str, Any]]) -> str | None:
     """Why the state in `best` is not the best one of the run of `config` and `rows`, or None."""
-    if best.read_config() != config:
+    if comparable(best.read_config()) != comparable(config):
         return "its config is another run's"
     stored = read_rows(best)
     # Text, in which NaN equals NaN; times differ where an epoch was trained twice.

@@ -1,25 +1,33 @@
 import contextlib
+import csv
+import dataclasses
 import multiprocessing
 import os
 import pickle
+import re
+import shutil
 import signal
 import subprocess
 import sys
 import threading
 import time
+import warnings
 from contextlib import closing
 
+import jax
 import numpy as np
 import pytest
 import tensorflow_datasets as tfds
 from PIL import Image
 
+import flaxnets
 from flaxnets import InputError
+from flaxnets.console import run_command
 from flaxnets.data import Split
 from flaxnets.data.datasets import channel_statistics
 from flaxnets.data.folder import find_folder
 from flaxnets.data.images import decode_image, fit
-from flaxnets.data.slots import Slots, _owner, remove_leftovers
+from flaxnets.data.slots import Example, Slots, _owner, remove_leftovers
 from flaxnets.data.stream import (
     CROPS,
     Subset,
@@ -29,6 +37,7 @@ from flaxnets.data.stream import (
     hold_out,
     load_in_memory,
 )
+from flaxnets.errors import FallbackWarning
 from tests.conftest import ROOT
 from tests.data.test_datasets import make_dataset, random_images
 
@@ -174,7 +183,7 @@ def test_worker_processes_change_nothing(pictures):
 
 
 def test_workers_have_shared_memory_of_their_own(monkeypatch):
-    examples = [Split(np.full((2, 2, 1), i, np.uint8), i) for i in range(3)]
+    examples = [Example(np.full((2, 2, 1), i, np.uint8), i) for i in range(3)]
     slots = Slots.create((4, 2, 2, 1), 6)
     try:
         sent = []
@@ -306,6 +315,240 @@ def test_a_picture_that_cannot_be_decoded_is_named(tmp_path, workers):
         os.remove(path)
         with pytest.raises(InputError, match=rf"^{path} cannot be read \(No such file"):
             list(make_stream(dataset.train).batches(0, 2))
+
+
+@pytest.fixture
+def damaged(pictures, tmp_path):
+    """`pictures`, of which some training pictures were damaged after they had been checked: two in
+    a row, of which the first has a good header, and the last one."""
+    shutil.copytree(pictures.train.root, tmp_path / "pictures")
+    dataset = find_folder(tmp_path / "pictures")
+    os.truncate(dataset.train.name(2), os.path.getsize(dataset.train.name(2)) // 2)
+    os.remove(dataset.train.name(3))
+    with open(dataset.train.name(9), "wb") as file:
+        file.write(b"no picture")
+    os.remove(dataset.train.name(22))
+    return dataset
+
+
+REASONS = {
+    2: r"image file is truncated.*",
+    3: "No such file or directory",
+    9: "not a JPEG, PNG, WebP or BMP picture",
+    22: "No such file or directory",
+}
+
+
+class Replaced:
+    """The training pictures of `damaged` after the replacements that its reader is to make."""
+
+    def __init__(self, source):
+        self.source = source
+
+    def __len__(self):
+        return len(self.source)
+
+    def __getitem__(self, index):
+        return self.source[{2: 4, 3: 4, 9: 10, 22: 0}.get(index, index)]
+
+
+def check_reports(warned, source, reasons=REASONS):
+    """One warning for each unreadable picture, in any order, which count them."""
+    messages = [str(warning.message) for warning in warned]
+    assert {warning.category for warning in warned} == {FallbackWarning}
+    found = set()
+    for number, message in enumerate(messages, 1):
+        for index, reason in reasons.items():
+            pictures = "picture" if number == 1 else "pictures"
+            expected = (
+                rf"{re.escape(source.name(index))} cannot be read \({reason}\) and is skipped; "
+                rf"{number} {pictures} skipped so far"
+            )
+            if re.fullmatch(expected, message):
+                found.add(index)
+    assert found == set(reasons)
+    assert len(messages) == len(reasons)
+    return messages
+
+
+@pytest.mark.parametrize("crop", CROPS)
+def test_unreadable_pictures_are_replaced_by_the_next_readable_ones(damaged, crop):
+    """With the same crops, however much of the unreadable picture could be read."""
+    expected = list(make_stream(Replaced(damaged.train), crop=crop).batches(0, 8))
+    stream = make_stream(damaged.train, crop=crop, skip_unreadable=True)
+    with pytest.warns(FallbackWarning) as warned:
+        assert same(stream.batches(0, 8), expected)
+    check_reports(warned, damaged.train)
+    with pytest.warns(FallbackWarning):
+        assert same(stream.batches(5, 8), expected[5:])
+
+
+@pytest.mark.parametrize("workers", [1, pytest.param(3, marks=pytest.mark.slow)])
+def test_workers_pass_on_what_they_skipped(damaged, workers):
+    expected = list(make_stream(Replaced(damaged.train)).batches(0, 8))
+    with pytest.warns(FallbackWarning) as by_threads:
+        list(make_stream(damaged.train, skip_unreadable=True).batches(0, 8))
+    stream = make_stream(damaged.train, workers, skip_unreadable=True)
+    with pytest.warns(FallbackWarning) as by_workers:
+        assert same(stream.batches(0, 8), expected)
+    assert check_reports(by_workers, damaged.train) == check_reports(by_threads, damaged.train)
+    if workers == 1:
+        settings = (damaged.train, 8, 3, 1.0, 5)
+        with pytest.warns(FallbackWarning):
+            batches = list(eval_batches(*settings, workers, skip_unreadable=True))
+        with pytest.warns(FallbackWarning):
+            others = list(eval_batches(*settings, skip_unreadable=True))
+        for (batch, weights), (other, other_weights) in zip(batches, others, strict=True):
+            assert same([batch], [other])
+            assert (weights == other_weights).all()
+
+
+def test_nothing_that_workers_send_takes_named_shared_memory():
+    examples = [Example(np.zeros((2, 2, 1), np.uint8), 3, ((7, "gone"), (8, "broken")))] * 2
+    slots = Slots.create((4, 2, 2, 1), 1)
+    try:
+        for _ in range(2):  # with a slot, and without one
+            sent = slots.send(examples)
+            assert {type(leaf) for leaf in jax.tree.leaves(sent)} <= {int, str, bytes}
+            assert slots.receive(sent).unreadable == ((7, "gone"), (8, "broken")) * 2
+    finally:
+        slots.memory.close()
+        slots.memory.unlink()
+
+
+def test_an_unreadable_picture_is_reported_once_in_a_run(damaged):
+    skipped: set[str] = set()
+    stream = make_stream(damaged.train, skip_unreadable=True)
+    settings = (damaged.train, 8, 3, 1.0, 5)
+    reads = [
+        stream.batches(0, 1, skipped),
+        eval_batches(*settings, skip_unreadable=True, skipped=skipped),
+        stream.batches(1, 20, skipped),
+        eval_batches(*settings, skip_unreadable=True, skipped=skipped),
+    ]
+    with pytest.warns(FallbackWarning) as warned:
+        assert [len(list(batches)) for batches in reads] == [1, 5, 19, 5]
+    check_reports(warned, damaged.train)
+    assert skipped == {damaged.train.name(index) for index in REASONS}
+
+
+def test_unreadable_pictures_have_no_weight_in_evaluation(damaged):
+    expected = list(eval_batches(Replaced(damaged.train), 8, 3, 1.0, 5))
+    with pytest.warns(FallbackWarning) as warned:
+        batches = list(eval_batches(damaged.train, 8, 3, 1.0, 5, skip_unreadable=True))
+    check_reports(warned, damaged.train)
+    weights = np.concatenate([weights for _, weights in batches])
+    assert np.flatnonzero(~weights).tolist() == [2, 3, 9, 22, 23, 24]
+    for (batch, weights), (other, _) in zip(batches, expected, strict=True):
+        assert (batch.images[weights] == other.images[weights]).all()
+        assert (batch.labels[weights] == other.labels[weights]).all()
+        assert not batch.images[~weights].any()
+
+
+class Gaps:
+    """100 readable pictures after `gap` others."""
+
+    def __init__(self, picture, gap):
+        self.picture, self.gap = picture, gap
+
+    def __len__(self):
+        return self.gap + 100
+
+    def __getitem__(self, index):
+        if index < self.gap:
+            raise InputError(f"{index} is missing")
+        return self.picture, 1
+
+    def name(self, index):
+        return f"picture {index}"
+
+
+def test_too_many_unreadable_pictures_in_a_row_end_training(pictures):
+    picture = pictures.train[0][0]
+    with pytest.warns(FallbackWarning) as warned:
+        list(make_stream(Gaps(picture, 99), skip_unreadable=True).batches(0, 39))
+    assert len(warned) == 99
+    expected = (
+        r"^100 pictures in a row cannot be read, from picture 0 \(0 is missing\) on; check that "
+        r"the pictures are still there$"
+    )
+    with pytest.raises(InputError, match=expected), warnings.catch_warnings(action="ignore"):
+        list(make_stream(Gaps(picture, 100), skip_unreadable=True).batches(0, 40))
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_folder_that_is_gone_is_one_error(damaged, workers, recwarn):
+    shutil.rmtree(damaged.train.root)
+    with pytest.raises(InputError, match=r"^23 pictures in a row cannot be read, from /"):
+        list(make_stream(damaged.train, workers, skip_unreadable=True).batches(0, 4))
+    with pytest.raises(InputError, match=r"^none of 7 pictures can be read, such as /.*/test/"):
+        list(eval_batches(damaged.test, 8, 3, 1.0, 3, workers, skip_unreadable=True))
+    assert not [warning for warning in recwarn if warning.category is FallbackWarning]
+
+
+def test_damaged_records_are_not_skipped(tmp_path):
+    make_dataset(tmp_path, random_images((4, 4, 1), (4, 4, 1)), [0, 1])
+    train = dataclasses.replace(find_tfds_stream("made", tmp_path).train, num_classes=1)
+    source = Subset(train, np.arange(2))
+    settings = {"batch_size": 2, "channels": 1, "skip_unreadable": True}
+    for message in ("has label 1, but", "is damaged"):
+        with pytest.raises(InputError, match=message):
+            list(make_stream(source, **settings).batches(0, 1))
+        with pytest.raises(InputError, match=message):
+            list(eval_batches(source, 8, 1, 1.0, 2, skip_unreadable=True))
+        for path in tmp_path.rglob("*.array_record*"):
+            path.write_bytes(bytes(100))
+
+
+@pytest.mark.parametrize("skip", [True, False])
+def test_a_run_whose_pictures_are_damaged_on_the_way(
+    train, pictures, tmp_path, monkeypatch, capsys, skip
+):
+    """Pictures to train with, to validate with and to test with."""
+    root, out = tmp_path / "pictures", tmp_path / "out"
+    shutil.copytree(pictures.train.root, root)
+    make_program, damaged = train.make_program, []
+
+    def damage_pictures(args, dataset, recipe, preprocess, model, train_rows, validation_rows):
+        sources = (
+            Subset(dataset.train, train_rows),
+            Subset(dataset.train, validation_rows),
+            dataset.test,
+        )
+        for source in sources:
+            damaged.append(source.name(1))
+            os.remove(damaged[-1])
+        return make_program(args, dataset, recipe, preprocess, model, train_rows, validation_rows)
+
+    monkeypatch.setattr(train, "make_program", damage_pictures)
+    arguments = ["--model", "cifar_resnet8", "--dataset", f"folder:{root}", "--stream"]
+    arguments += ["--image-size", "8", "--batch-size", "6", "--validation", "4", "--epochs", "3"]
+    arguments += ["--augment", "resized-crop", "--out", str(out)]
+    status = run_command(train.main, [*arguments, *(["--skip-unreadable"] if skip else [])])
+    lines = capsys.readouterr().err.splitlines()
+    if not skip:
+        assert status == 2
+        assert len(lines) == 1
+        assert lines[0].startswith(f"error: {damaged[0]} cannot be read (No such file")
+        return
+    assert status == 0
+    assert len(lines) == 3
+    for number, line in enumerate(lines, 1):
+        assert "cannot be read (No such file or directory) and is skipped" in line
+        assert f"; {number} picture" in line
+    assert {line.split(" cannot")[0] for line in lines} == {f"warning: {name}" for name in damaged}
+    # The last error is that of all test pictures but one.
+    run = flaxnets.restore(out)
+    read = [i for i in range(7) if i != 1]
+    seen = [fit(decode_image(pictures.test[i][0], 3), 8, 8, 0.875) for i in read]
+    logits = run.model.apply(run.variables, run.preprocess(np.stack(seen)), train=False)
+    wrong = (np.argmax(logits, -1) != pictures.test.labels[read]).sum()
+    with open(out / "metrics.csv", newline="") as file:
+        row = list(csv.DictReader(file))[-1]
+    assert float(row["test_error"]) == pytest.approx(100 * wrong / 6)
+    log_odds = np.asarray(jax.nn.log_softmax(logits))
+    loss = -log_odds[np.arange(6), pictures.test.labels[read]].mean()
+    assert float(row["test_loss"]) == pytest.approx(loss, rel=1e-4)
 
 
 @pytest.mark.parametrize(
