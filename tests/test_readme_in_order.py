@@ -35,7 +35,7 @@ def shrink(script, arguments):
     words = shlex.split(arguments)
     if any(part in arguments for part in PLANNED):
         words.append("--dry-run")
-    if "mnist" in arguments:
+    if script == "train" and "mnist" in arguments:
         words += ["--image-size", "28"]  # which its images have, and the digits in their place not
     if script == "diagnostics":
         words += ["--images", "32", "--batch", "16", "--epochs", "1"]
