@@ -64,6 +64,15 @@ def passes_check() -> bool:
 
 @cache
 def _passes_check() -> bool:
+    if _is_below_avx2():
+        # No check would do: with SSE4.1 it has passed one and hung in training a minute later.
+        warnings.warn(
+            "oneDNN's convolutions do not work on this machine (below AVX2 they may hang), XLA's "
+            "slower ones are used (FLAXNETS_CONV=xla chooses them without this warning)",
+            FallbackWarning,
+            stacklevel=3,
+        )
+        return False
     path = _verdict_path()
     try:
         verdict = path.read_text(encoding="utf-8")
@@ -86,17 +95,29 @@ def _passes_check() -> bool:
     return verdict == "works"
 
 
+def _is_below_avx2() -> bool:
+    """Whether oneDNN would use instructions from before AVX2, by the processor or by request."""
+    settings = [os.environ.get(f"{name}_MAX_CPU_ISA", "") for name in ("ONEDNN", "DNNL")]
+    flags = next((line for line in _read_cpuinfo() if line.startswith("flags")), None)
+    return bool({setting.upper() for setting in settings} & {"SSE41", "AVX"}) or (
+        flags is not None and "avx2" not in flags.split()
+    )
+
+
+def _read_cpuinfo() -> list[str]:
+    try:
+        return Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return []
+
+
 def _verdict_path() -> Path:
     cores = os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else ()
     facts = [jaxlib.version.__version__, str(len(cores))]
     facts += [
         f"{k}={v}" for k, v in sorted(os.environ.items()) if k.startswith(("ONEDNN_", "DNNL_"))
     ]
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-    except OSError:
-        lines = []
-    facts += sorted({line for line in lines if line.startswith(("model name", "flags"))})
+    facts += sorted({line for line in _read_cpuinfo() if line.startswith(("model name", "flags"))})
     digest = hashlib.sha256("\n".join(facts).encode(errors="surrogateescape")).hexdigest()
     cache = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
     return Path(cache) / "flaxnets" / f"onednn-{digest[:16]}"
