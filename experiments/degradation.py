@@ -342,18 +342,18 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
     add("--stem", help="imagenet or small; each family has its own by default")
     add("--dataset", default="digits", help="digits (default) or any prepared TFDS data set")
     add("--data-dir", type=Path, help="where TFDS keeps data sets (default: its own)")
-    add("--train-examples", type=positive(int), help="train on so many of the images")
+    add("--train-examples", type=positive(int), help="number of training images to use")
     add("--seeds", default="0", type=whole_numbers, help="such as 0,1,2 (default: %(default)s)")
     add("--recipe", help="default: digits for digits, he2015-cifar otherwise")
     add("--epochs", type=positive(int), help="length of a run; the schedule scales with it")
     add("--batch-size", type=positive(int), help="over all devices")
-    add("--learning-rate", type=positive(float))
+    add("--learning-rate", type=positive(float), help="the rate after warm-up")
     add("--precision", default="float32", help="float32 (default) or bfloat16")
     add(
         "--checkpoint-every",
         default="60s",
         type=checkpoint_every,
-        help="save a run so often, such as 500s or 2000steps (default: %(default)s)",
+        help="time or steps between checkpoints, such as 500s or 2000steps (default: %(default)s)",
     )
     add(
         "--log-gradients",

@@ -104,11 +104,19 @@ def redraw(args: argparse.Namespace, console: Console) -> int:
     """Show what the stored numbers say."""
     out = args.study / "diagnostics"
     names = args.only or [name for name in DIAGNOSTICS if (out / f"{name}.json").exists()]
-    if not names:
+    if not names or not out.is_dir():
         raise InputError(f"{out} holds no numbers of a diagnostic; leave out --redraw")
     with lock_directory(out):
         for name in names:
-            show(console, make_finding(out, name))
+            try:
+                found = make_finding(out, name)
+            except (ArithmeticError, LookupError, TypeError, ValueError) as error:
+                if isinstance(error, InputError):
+                    raise
+                # Numbers that fit together one by one may still not fit one another.
+                problem = f"{type(error).__name__}: {error}"
+                raise InputError(f"{out / name}.json is damaged ({problem})") from error
+            show(console, found)
     console.print(f"\nfigures: {out}", soft_wrap=True)
     return 0
 

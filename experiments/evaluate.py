@@ -161,7 +161,10 @@ def load_own_split(run: Restored, args: argparse.Namespace) -> tuple[str, Split]
         raise InputError(f"the config of {args.source} names no data set; give --dataset")
     name, streamed = own["name"], own.get("streamed") is True
     if name.startswith("folder:"):
-        folder = own.get("path", name.removeprefix("folder:"))
+        typed = name.removeprefix("folder:")
+        folder = own.get("path", typed)
+        if not os.path.isdir(folder) and os.path.isdir(typed):
+            folder = typed  # the whole project has moved; the sha256 decides
         name = f"folder:{folder}"
         if not os.path.isdir(folder):
             raise InputError(

@@ -27,6 +27,7 @@ def main(arguments: list[str] | None = None) -> int:
     args = parse_arguments(arguments)
     runs = read_runs(args.study)
     environments = read_environments(args.study)
+    environments += [each for run in runs for each in run.environments if each not in environments]
     diagnostics = read_diagnostics(args.study)
     picture = read_picture(args.study / "degradation.png")
     write_atomic(args.out, make_report(runs, environments, diagnostics, picture))

@@ -55,6 +55,7 @@ from flaxnets.console import (
 from flaxnets.data import Augmentation, Dataset, Preprocess, Split, find_dataset, load_dataset
 from flaxnets.data.batches import imagenet_statistics
 from flaxnets.data.folder import find_folder
+from flaxnets.data.slots import remove_leftovers
 from flaxnets.data.stream import (
     StreamedDataset,
     Subset,
@@ -104,6 +105,8 @@ def main(arguments: list[str] | None = None) -> int:
         return 0
     if args.deterministic:
         make_deterministic()
+
+    remove_leftovers()
 
     # What to train on, and how. Everything that can be refused is refused before the slow part.
     recipe = choose_recipe(args)
@@ -349,7 +352,9 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
     descriptions = describe_fields()
     for field in recipe_fields():
         flag = f"--{field.name.replace('_', '-')}"
-        group.add_argument(flag, metavar="X", help=descriptions[field.name].replace("%", "%%"))
+        group.add_argument(
+            flag, metavar="X", help=descriptions.get(field.name, "").replace("%", "%%")
+        )
     args = parser.parse(arguments)
     if args.list_recipes:
         return args
@@ -529,11 +534,18 @@ def read_start(
     if path is None:
         return None
     origin = begun.get("init_from") if begun is not None else None
-    if isinstance(origin, dict) and origin.get("path") == str(path) and not path.exists():
-        assert begun is not None
-        return Start(None, True, preprocess_of(begun), origin)
+    no_longer_needed = None
+    if begun is not None and isinstance(origin, dict) and origin.get("path") == str(path):
+        no_longer_needed = Start(None, True, preprocess_of(begun), origin)
+    if no_longer_needed is not None and not path.exists():
+        return no_longer_needed
     if path.is_dir():
-        run = restore(path)
+        try:
+            run = restore(path)
+        except InputError:  # it may have lost its checkpoints
+            if no_longer_needed is None:
+                raise
+            return no_longer_needed
         # Runs from before have the step in place of a digest.
         former = {"path": str(path), "digest": f"step {run.step}"}
         return Start(

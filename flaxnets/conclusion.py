@@ -20,8 +20,12 @@ def conclude(networks: Sequence[Network], updates: int | None) -> str:
         errors = [network.mean("train_error") for network in done]
         listed = ", ".join(f"{e:.1f} % at {n.depth}" for n, e in zip(done, errors, strict=True))
         rise = errors[-1] - errors[0] if errors else 0.0
+        # Neither a rise with depth nor the lack of one.
+        peak = rise < 1 and bool(errors) and max(errors) >= max(errors[0], errors[-1]) + 1
         if len(done) < 2:
             verdict = "is known at too few depths to compare"
+        elif peak:
+            verdict = "is highest in between"
         elif rise <= -1:
             verdict = "falls with depth"
         elif rise < 1:
@@ -32,7 +36,7 @@ def conclude(networks: Sequence[Network], updates: int | None) -> str:
             verdict = "is higher at the greatest depth than at the least, though not in order"
         clauses.append(f"that of {curve} {verdict} ({listed or 'none finished'})")
         if len(done) > 1:
-            rises.setdefault(members[0].kind, []).append(rise)
+            rises.setdefault(members[0].kind, []).append(math.nan if peak else rise)
     finding = ""
     if rises["plain"] and max(rises["plain"]) < 1:
         finding = ": no degradation in these numbers"
@@ -40,7 +44,7 @@ def conclude(networks: Sequence[Network], updates: int | None) -> str:
         finding = ": the degradation problem"
         if rises["residual"] and max(rises["residual"]) < 1:
             finding += ", and residual learning curing it"
-        elif rises["residual"]:
+        elif rises["residual"] and not any(map(math.isnan, rises["residual"])):
             points = {kind: max(rises[kind]) for kind in ("plain", "residual")}
             finding += (
                 f", in both kinds, by {points['plain']:.1f} points in plain networks and by "

@@ -96,12 +96,21 @@ FIELDS: dict[str, Callable[[Any], bool]] = {
 def comparable(config: Any) -> Any:
     """The part of a config, as JSON has it, that must match for a run to be resumed.
 
-    A folder of pictures may have moved: its content is known by its sha256.
+    A folder of pictures, or the weights that a run started from, may have moved: their content is
+    known by its sha256.
     """
     config = json.loads(json.dumps(config))
-    dataset = config.get("dataset") if isinstance(config, dict) else None
+    if not isinstance(config, dict):
+        return config
+    dataset, start, model = (config.get(key) for key in ("dataset", "init_from", "model"))
     if isinstance(dataset, dict) and str(dataset.get("name")).startswith("folder:"):
         config["dataset"] = {k: v for k, v in dataset.items() if k not in ("name", "path")}
+    if isinstance(start, dict) and re.fullmatch(r"[0-9a-f]{64}", str(start.get("digest"))):
+        config["init_from"] = {k: v for k, v in start.items() if k != "path"}
+    name = model.get("name") if isinstance(model, dict) else None
+    if name == config.get("kind") != "alexnet2012":
+        # The name settles the depth, which older runs have as 0 where there is no number in it.
+        config.pop("depth", None)
     return config
 
 

@@ -51,8 +51,9 @@ class ArgumentParser(argparse.ArgumentParser):
         flags = [name for action in self._actions for name in action.option_strings]
         given = sys.argv[1:] if arguments is None else arguments
         # Before anything that is missing: it may only be misspelt.
-        unknown = [argument.split("=")[0] for argument in given if argument.startswith("--")]
-        unknown = [flag for flag in unknown if flag not in flags and flag != "--"]
+        options = given[: given.index("--")] if "--" in given else given
+        unknown = [argument.split("=")[0] for argument in options if argument.startswith("--")]
+        unknown = [flag for flag in unknown if flag not in flags]
         if not unknown:
             known, rest = self.parse_known_args(given)
             unknown = [argument.split("=")[0] for argument in rest]
@@ -96,8 +97,10 @@ def _check_devices() -> None:
         jax.devices()
     except (AssertionError, RuntimeError) as error:  # the former without a plugin for it
         platforms = os.environ.get("JAX_PLATFORMS", "")
+        reason = (str(error).splitlines() or [""])[0]
         raise InputError(
             f"JAX finds no device for JAX_PLATFORMS={platforms}; unset it, or set JAX_PLATFORMS=cpu"
+            + (f" ({reason})" if reason else "")
         ) from error
 
 
@@ -517,10 +520,9 @@ class RunProgress:
         if self._rows:
             row = self._rows[-1]
             seen = "train" if "train_error" in row else "running_train"
-            # The running loss: evaluation's, in the first epochs, may be 1e5 of a sound network.
-            facts += (
-                f"  loss {row['running_train_loss']:.3f}  train error {row[f'{seen}_error']:.1f} %"
-            )
+            # Evaluation's loss, in the first epochs, may be 1e5 of a sound network.
+            facts += f"  running loss {row['running_train_loss']:.3f}"
+            facts += f"  train error {row[f'{seen}_error']:.1f} %"
             for split in ("validation", "test"):
                 if f"{split}_error" in row:
                     facts += f"  {split} error {row[f'{split}_error']:.1f} %"

@@ -16,6 +16,10 @@ CHANGES_BITS = (
 )
 
 
+# Of these, those that matter on CPUs alone.
+ON_CPUS = ("cpu_cores", "nproc", "convolutions")
+
+
 def record_environment() -> dict[str, Any]:
     """Packages, devices and settings of this process; recorded with each run, never compared with
     what another study has."""
@@ -46,7 +50,9 @@ def describe_change(before: dict[str, Any], now: dict[str, Any]) -> str | None:
     changes = [
         f"{name} was {before[name]!r} and is {now[name]!r}"
         for name in CHANGES_BITS
-        if name in before and before[name] != now[name]
+        if name in before
+        and before[name] != now[name]
+        and (now["platform"] == "cpu" or name not in ON_CPUS)
     ]
     packages = before.get("packages")
     for name in ("jax", "jaxlib", "flaxnets"):

@@ -157,12 +157,15 @@ def preprocess_of(config: dict[str, Any]) -> Preprocess:
 
 def _why_nothing(path: Path, damage: list[str], which: Literal["latest", "best"]) -> str:
     if which == "best" and (path / "config.json").is_file():
+        measured = read_newest(path, _has_measured_validation)
         if damage:
             why = f"has lost its best state: {'; '.join(damage)}"
-        elif read_newest(path, _had_validation):
+        elif measured:
             why = "has lost its best state: there is none in best/"
-        else:
+        elif measured is None:
             return f"{path} has no best checkpoint: it was trained without --validation"
+        else:
+            return f"{path} has no best checkpoint yet: no epoch has been measured"
         return f"{path} {why}; use the latest one, or train again with another --out"
     if damage:
         return f"{path} has no good checkpoint: {'; '.join(damage)}"
@@ -179,8 +182,12 @@ def _why_nothing(path: Path, damage: list[str], which: Literal["latest", "best"]
     return f"{path} is not a run directory; its runs are {', '.join(runs[:RUNS_NAMED])}{more}"
 
 
-def _had_validation(checkpoints: Checkpoints) -> bool:
-    """Whether an epoch of the run has a validation error."""
+def _has_measured_validation(checkpoints: Checkpoints) -> bool | None:
+    """Whether an epoch of the run has a validation error; None for a run without validation."""
     if checkpoints.step is None:
         return False
-    return any("validation_error" in row for row in read_rows(checkpoints))
+    if any("validation_error" in row for row in read_rows(checkpoints)):
+        return True
+    dataset = checkpoints.read_config().get("dataset")
+    held_out = dataset.get("validation_examples") if isinstance(dataset, dict) else None
+    return False if held_out else None

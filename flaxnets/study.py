@@ -304,7 +304,7 @@ def open_study(
         _check_shared(out)
         runs = check_study(out, definition, configs)
         if is_primary():
-            if not _read_study(out) and not runs:
+            if not isinstance(_read_study(out).get("study"), dict) and not runs:
                 _set_foreign_aside(out / "study.json")
             write_study(out, definition, [each for run in runs for each in run.environments])
             for run in runs:

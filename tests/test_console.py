@@ -10,7 +10,7 @@ import time
 import pytest
 
 from flaxnets import console
-from flaxnets.console import StudyProgress, duration, plain_console, run_command
+from flaxnets.console import ArgumentParser, StudyProgress, duration, plain_console, run_command
 from flaxnets.errors import InputError
 from flaxnets.study import check_place, lock_directory
 from flaxnets.training import Progress
@@ -167,4 +167,13 @@ def test_the_loss_that_is_shown_is_that_of_training(monkeypatch):
     run = progress.start_run("plain-56", 1.0, total_steps=20, steps_per_epoch=10, batch=8)
     row = {"running_train_loss": 2.302, "train_loss": 356263.46, "train_error": 90.0}
     run.update(Progress(10, 0.0, [{**row, "test_error": 89.0}]))
-    assert run.facts() == "epoch 2 of 2  loss 2.302  train error 90.0 %  test error 89.0 %"
+    assert run.facts() == "epoch 2 of 2  running loss 2.302  train error 90.0 %  test error 89.0 %"
+
+
+def test_what_comes_after_two_dashes_is_no_option():
+    parser = ArgumentParser()
+    parser.add_argument("--best", action="store_true")
+    parser.add_argument("images", nargs="+")
+    assert parser.parse(["--best", "--", "--odd.jpg"]).images == ["--odd.jpg"]
+    with pytest.raises(InputError, match=r"unknown argument --bset; did you mean --best\?"):
+        parser.parse(["--bset", "--", "--odd.jpg"])

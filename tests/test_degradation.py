@@ -500,6 +500,30 @@ class TestConclusion:
             "point or more."
         )
 
+    def test_a_peak_in_between_is_neither_cure_nor_rise(self, degradation):
+        def text(kind, *errors):
+            return self.of(
+                degradation,
+                *(
+                    made_run(kind, depth, 0, errors=(90.0, error, error, error))
+                    for depth, error in zip((8, 14, 20), errors, strict=True)
+                ),
+            )
+
+        for last in (1.2, 0.0):
+            said = text("plain", 1.0, 40.0, last)
+            assert "is highest in between (1.0 % at 8, 40.0 % at 14" in said
+            assert "no degradation" not in said
+        both = self.of(
+            degradation,
+            *(
+                made_run(kind, depth, 0, errors=(90.0, error, error, error))
+                for kind, errors in (("plain", (1.0, 30.0, 60.0)), ("residual", (1.0, 9.0, 1.0)))
+                for depth, error in zip((8, 14, 20), errors, strict=True)
+            ),
+        )
+        assert ": the degradation problem." in both
+
     def test_no_degradation_is_said_too(self, degradation):
         text = self.of(
             degradation,

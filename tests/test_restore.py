@@ -73,6 +73,21 @@ def test_a_networks_directory_names_its_runs(study):
         flaxnets.restore(study.out / "plain-8")
 
 
+def test_no_epoch_has_been_measured_yet(study, tmp_path):
+    """In the first epoch of a run with validation there is a checkpoint and no best state."""
+    run = shutil.copytree(study.out / "plain-8" / "seed-0", tmp_path / "run")
+    with pytest.raises(flaxnets.InputError, match="it was trained without --validation"):
+        flaxnets.restore(run, which="best")
+    newest = run / "checkpoints" / "22"
+    path = newest / "config" / "metadata"
+    config = json.loads(path.read_text())
+    config["dataset"]["validation_examples"] = 100
+    path.write_text(json.dumps(config))
+    write_manifest(newest)
+    with pytest.raises(flaxnets.InputError, match="no best checkpoint yet: no epoch"):
+        flaxnets.restore(run, which="best")
+
+
 def test_not_a_run(tmp_path):
     with pytest.raises(flaxnets.InputError, match=r"no config\.json"):
         flaxnets.restore(tmp_path / "nowhere")

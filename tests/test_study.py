@@ -168,15 +168,16 @@ def test_a_study_is_its_definition(tmp_path):
     assert str(raised.value).endswith(f"use --out {out}-2")
 
 
-def test_a_file_that_may_not_be_ours_is_set_aside(tmp_path):
+@pytest.mark.parametrize("content", ["my notes", '{"title": "my thesis"}', '{"study": []}'])
+def test_a_file_that_may_not_be_ours_is_set_aside(tmp_path, content):
     """Nothing else there says that it is a study's."""
-    (tmp_path / "study.json").write_text("my notes")
+    (tmp_path / "study.json").write_text(content)
     with (
         pytest.warns(DamageWarning, match=r"study\.json is set aside as .*study\.json\.damaged"),
         open_study(tmp_path, DEFINITION),
     ):
         pass
-    assert (tmp_path / "study.json.damaged").read_text() == "my notes"
+    assert (tmp_path / "study.json.damaged").read_text() == content
     assert json.loads((tmp_path / "study.json").read_text())["study"] == DEFINITION
 
 

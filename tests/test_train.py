@@ -225,7 +225,7 @@ def test_damage_to_any_file_of_the_best_state_is_found(trained, tmp_path, monkey
         harm(copy / path)
         with checkpoints.Checkpoints(tmp_path, read_only=True, name="best") as best:
             assert best.step is None, path
-            assert f"checkpoint {state.name} of {tmp_path} is damaged" in best.damage[0]
+            assert f"best state {state.name} of {tmp_path} is damaged" in best.damage[0]
         shutil.rmtree(copy)
 
 

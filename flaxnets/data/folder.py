@@ -38,11 +38,13 @@ class FileSource:
       root: the folder they are in.
       names: their paths in it.
       labels: int32 `(n,)`.
+      digests: of their content when they were checked.
     """
 
     root: str
     names: tuple[str, ...]
     labels: np.ndarray
+    digests: tuple[str, ...]
 
     def __repr__(self) -> str:
         return f"FileSource({len(self):,} pictures in {self.root!r})"
@@ -64,20 +66,17 @@ class FileSource:
         return os.path.join(self.root, self.names[index])
 
     def fingerprint(self) -> str:
-        """sha256 over names, sizes in bytes and labels.
+        """sha256 over names, labels and the content that was checked.
 
         Raises:
           InputError: a file is no longer there.
         """
         digest = hashlib.sha256()
-        for index, (name, label) in enumerate(zip(self.names, self.labels, strict=True)):
-            try:
-                size = os.stat(self.name(index)).st_size
-            except OSError as error:
-                raise InputError(
-                    f"{self.name(index)} is gone ({error.strerror}); begin again without it"
-                ) from error
-            digest.update(b"%s\0%d\0%d\0" % (os.fsencode(name), size, label))
+        entries = zip(self.names, self.labels, self.digests, strict=True)
+        for index, (name, label, content) in enumerate(entries):
+            if not os.path.exists(self.name(index)):
+                raise InputError(f"{self.name(index)} is gone; begin again without it")
+            digest.update(b"%s\0%d\0%s\0" % (os.fsencode(name), label, content.encode()))
         return digest.hexdigest()
 
 
@@ -131,8 +130,8 @@ def find_folder(
         name=root.resolve().name,
         version="files",
         class_names=tuple(train),
-        train=_source(root, train),
-        test=_source(root, test),
+        train=_source(root, train, checks),
+        test=_source(root, test, checks),
         channels=1 if grey else 3,
         skipped=skipped,
     )
@@ -318,12 +317,13 @@ def _folders_with_pictures(place: Path) -> list[str]:
     return [name for name in _sub_folders(place) if _pictures(place / name)]
 
 
-def _source(root: Path, files: Files) -> FileSource:
+def _source(root: Path, files: Files, checks: dict[str, Check]) -> FileSource:
     names = [name for names in files.values() for name in names]
     labels = np.repeat(
         np.arange(len(files), dtype=np.int32), [len(names) for names in files.values()]
     )
-    return FileSource(os.path.abspath(root), tuple(names), labels)
+    digests = tuple(checks[name].digest for name in names)
+    return FileSource(os.path.abspath(root), tuple(names), labels, digests)
 
 
 def _sub_folders(folder: Path) -> list[str]:

@@ -100,7 +100,7 @@ def check_picture(data: bytes) -> str:
     _decode(image, 3, (1, 1))
     if image.format == PngImageFile.format:
         _check_pixels(data)
-    elif image.format == JpegImageFile.format:
+    elif image.format in (JpegImageFile.format, "MPO"):  # two JPEGs, as some phones take them
         _check_end(data)
     return mode
 
@@ -246,8 +246,11 @@ def _check_end(jpeg: bytes) -> None:
 def _check_pixels(png: bytes) -> None:
     """Refuse a PNG whose compressed pixels are fewer than its header says, or damaged: Pillow is
     content when they end early in good order, and does not look at their checksum."""
-    width, height, depth, colour, _, _, interlaced = struct.unpack(">IIBBBBB", png[16:29])
-    bits = depth * {0: 1, 2: 3, 3: 1, 4: 2, 6: 4}[colour]
+    try:
+        width, height, depth, colour, _, _, interlaced = struct.unpack(">IIBBBBB", png[16:29])
+        bits = depth * {0: 1, 2: 3, 3: 1, 4: 2, 6: 4}[colour]
+    except (KeyError, struct.error) as error:
+        raise ValueError("its header is damaged") from error
     passes = ADAM7 if interlaced else ((0, 0, 1, 1),)
     expected = 0
     for left, top, across, down in passes:

@@ -213,7 +213,7 @@ def read_numbers(path: Path, kind: type[T]) -> T:
         return _decode(kind, json.loads(path.read_text(encoding="utf-8")), "it")
     except OSError as error:
         raise InputError(f"{path} cannot be read ({error.strerror})") from error
-    except (ValueError, RecursionError) as error:
+    except (ValueError, OverflowError, RecursionError) as error:
         raise InputError(f"{path} is damaged, or of an earlier version ({error})") from error
 
 
@@ -239,7 +239,7 @@ def _decode(kind: Any, value: Any, name: str) -> Any:
         return math.nan
     if type(value) is not kind and not (kind is float and type(value) is int):
         raise ValueError(f"{name} is not of the type {getattr(kind, '__name__', kind)}")
-    return value
+    return float(value) if kind is float else value
 
 
 def write_finding(out: Path, name: str, found: Finding, order: Sequence[str]) -> None:
@@ -247,7 +247,7 @@ def write_finding(out: Path, name: str, found: Finding, order: Sequence[str]) ->
     path = out / "diagnostics.json"
     try:
         entries = {entry["name"]: entry for entry in json.loads(path.read_text(encoding="utf-8"))}
-    except (FileNotFoundError, ValueError, TypeError, KeyError):
+    except (FileNotFoundError, ValueError, TypeError, KeyError, RecursionError):
         entries = {}  # not there, or damaged
     entries[name] = {
         "name": name,

@@ -3,6 +3,7 @@
 import hashlib
 import os
 import platform
+import signal
 import subprocess
 import sys
 import threading
@@ -75,16 +76,18 @@ def _passes_check() -> bool:
         return False
     path = _verdict_path()
     try:
-        verdict = path.read_text(encoding="utf-8")
+        verdict = path.read_bytes().decode(errors="replace")
     except OSError:
         verdict = ""
     if verdict not in ("works", "fails"):
-        verdict = "works" if _run_check() else "fails"
-        try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_text(verdict, encoding="utf-8")
-        except OSError:
-            pass  # no home directory, or a full disk: the next process checks again
+        passed = _run_check()
+        verdict = "works" if passed else "fails"
+        if passed is not None:
+            try:
+                path.parent.mkdir(parents=True, exist_ok=True)
+                path.write_text(verdict, encoding="utf-8")
+            except OSError:
+                pass  # no home directory, or a full disk: the next process checks again
     if verdict == "fails":
         warnings.warn(
             "oneDNN's convolutions do not work on this machine, XLA's slower ones are used "
@@ -123,7 +126,8 @@ def _verdict_path() -> Path:
     return Path(cache) / "flaxnets" / f"onednn-{digest[:16]}"
 
 
-def _run_check() -> bool:
+def _run_check() -> bool | None:
+    """Whether the check passed; None where it could not be made."""
     path = os.pathsep.join([str(Path(__file__).parents[2]), *sys.path])
     environment = {**os.environ, "JAX_PLATFORMS": "cpu", "PYTHONPATH": path}
     environment.pop("JAX_DISABLE_JIT", None)
@@ -138,6 +142,8 @@ def _run_check() -> bool:
             start_new_session=True,  # Ctrl-C in the terminal is no verdict
             check=False,
         )
-    except (subprocess.TimeoutExpired, OSError):
+    except subprocess.TimeoutExpired:
         return False
-    return check.returncode == 0
+    except OSError:  # no memory for another process, perhaps
+        return None
+    return None if check.returncode == -signal.SIGKILL else check.returncode == 0

@@ -286,7 +286,10 @@ class Checkpoints:
         found, agreeing = self._find_newest(), 1
         for _ in range(LOOKS):
             good = found[0] is not None and not found[1]
-            if good or agreeing == AGREEING_LOOKS or not self.directory.is_dir():
+            # A manifest is written last, after all files have been read for it.
+            unfinished = any(f"no {MANIFEST}" in damage for damage in found[1])
+            agreed = agreeing == AGREEING_LOOKS and not unfinished
+            if good or agreed or not self.directory.is_dir():
                 break
             time.sleep(SECONDS_BETWEEN_LOOKS)
             before, found = found, self._find_newest()
@@ -301,7 +304,8 @@ class Checkpoints:
                 reason = self._find_damage(step) or self._misnamed(step)
                 if reason is None:
                     return step, damage
-                damage.append(f"checkpoint {step} of {self.directory.parent} is damaged ({reason})")
+                what = "checkpoint" if self.directory.name == "checkpoints" else "best state"
+                damage.append(f"{what} {step} of {self.directory.parent} is damaged ({reason})")
         except OSError as error:
             raise InputError(f"{self.directory} cannot be read: {error}") from error
         return None, damage

@@ -493,7 +493,7 @@ def _check_best(best: Checkpoints, result: RunResult, config: dict[str, Any] | N
 
     It may be later than the newest checkpoint: a crash may have come between the two.
     """
-    best.warn_of_damage("it is set aside")
+    best.warn_of_damage("it is not used")
     if best.step is not None:
         try:
             reason = find_mismatch(best, config or {}, result.rows)

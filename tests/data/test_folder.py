@@ -24,11 +24,18 @@ def save(path: Path, colour=(200, 30, 90), size=(9, 7), mode="RGB", **options) -
     return path
 
 
-def make_classes(folder: Path, classes=("cat", "dog", "eel"), number=10, **options) -> Path:
+def make_classes(
+    folder: Path, classes=("cat", "dog", "eel"), number=10, suffix=".png", **options
+) -> Path:
     for label in classes:
         for i in range(number):
-            save(folder / label / f"{i}.png", **options)
+            save(folder / label / f"{i}{suffix}", **options)
     return folder
+
+
+def noise(size: int) -> Image.Image:
+    pixels = np.random.default_rng(0).integers(0, 256, (size, size, 3), np.uint8)
+    return Image.fromarray(pixels)
 
 
 def make_splits(folder: Path, test="test", **options) -> Path:
@@ -532,3 +539,33 @@ def test_sources_can_be_pickled_and_do_not_follow_the_working_directory(tmp_path
     source = pickle.loads(pickle.dumps(find_folder("pets").train))
     monkeypatch.chdir("/")
     assert source[0][0] == (tmp_path / "pets/train/cat/0.png").read_bytes()
+
+
+def test_other_pictures_of_equal_size_are_other_data(tmp_path):
+    """A run may be resumed where its folder has moved, but not on other pictures."""
+    one = find_folder(make_classes(tmp_path / "one", suffix=".bmp"))
+    same = find_folder(make_classes(tmp_path / "same", suffix=".bmp"))
+    other = find_folder(make_classes(tmp_path / "other", suffix=".bmp", colour=(1, 2, 3)))
+    assert one.train.names == other.train.names
+    assert one.fingerprint() == same.fingerprint() != other.fingerprint()
+
+
+@pytest.mark.parametrize("share", [0.3, 0.9])
+def test_half_of_a_picture_of_a_phone(share):
+    """MPO: a JPEG, and another one behind it."""
+    picture, file = noise(64), io.BytesIO()
+    picture.save(file, "MPO", save_all=True, append_images=[picture])
+    data = file.getvalue()
+    assert check_picture(data) == "RGB"
+    end = int(share * len(data) / 2)
+    with pytest.raises(ValueError, match="it ends before its last pixel"):
+        check_picture(data[:end] + bytes(len(data) - end))
+
+
+def test_a_png_of_an_unknown_kind():
+    file = io.BytesIO()
+    Image.new("RGB", (4, 4)).save(file, "PNG")
+    png = bytearray(file.getvalue())
+    png[25] = 5  # of the colours
+    with pytest.raises(ValueError, match="its header is damaged"):
+        _check_pixels(bytes(png))
