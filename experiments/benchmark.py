@@ -47,19 +47,14 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from flaxnets.console import (
-    ArgumentParser,
-    check_choice,
-    plain_console,
-    positive,
-    run_command,
-    words,
-)
+from flaxnets.cli.arguments import ArgumentParser, check_choice, positive, words
+from flaxnets.cli.main import run_command
+from flaxnets.cli.progress import plain_console
 from flaxnets.errors import InputError
-from flaxnets.figures import draw_benchmark
 from flaxnets.files import write_atomic
 from flaxnets.models import ResNet, create_model
 from flaxnets.models.layers import batch_norm, conv
+from flaxnets.reporting.figures import draw_benchmark
 
 WORKER = Path(__file__).parent / "contenders" / "worker.py"
 SEEDS_TOGETHER = 4

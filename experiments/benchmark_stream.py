@@ -48,7 +48,9 @@ from PIL import Image
 from rich import box
 from rich.table import Table
 
-from flaxnets.console import ArgumentParser, plain_console, positive, run_command
+from flaxnets.cli.arguments import ArgumentParser, positive
+from flaxnets.cli.main import run_command
+from flaxnets.cli.progress import plain_console
 from flaxnets.data.folder import find_folder
 from flaxnets.data.images import decode_crop, resized_box
 from flaxnets.data.stream import Source, Subset, TrainStream

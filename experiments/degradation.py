@@ -35,30 +35,23 @@ from jax.sharding import Mesh
 from rich.console import Console
 from rich.table import Table
 
-from flaxnets.conclusion import conclude, count_seeds
-from flaxnets.config import DEEPEST, DTYPES
-from flaxnets.console import (
+from flaxnets.cli.arguments import (
     ArgumentParser,
-    Interruption,
-    RunProgress,
-    StudyProgress,
     check_batch_size,
     check_choice,
     checkpoint_every,
-    duration,
-    plain_console,
     positive,
     process_group,
-    run_command,
     whole_numbers,
     words,
 )
+from flaxnets.cli.interruption import Interruption
+from flaxnets.cli.main import run_command
+from flaxnets.cli.memory import keep_memory
+from flaxnets.cli.progress import RunProgress, StudyProgress, plain_console
 from flaxnets.data import Dataset, find_dataset, load_dataset
 from flaxnets.diagnostics import GradientLog
-from flaxnets.environment import record_environment
 from flaxnets.errors import InputError
-from flaxnets.figures import draw_errors
-from flaxnets.memory import keep_memory
 from flaxnets.models.cost import Cost, count_cost, count_depth
 from flaxnets.models.resnet import IMAGENET_STAGES, ResNet
 from flaxnets.parallel import (
@@ -69,8 +62,12 @@ from flaxnets.parallel import (
     replicate,
     start_processes,
 )
-from flaxnets.restore import build_model
-from flaxnets.study import (
+from flaxnets.reporting.conclusion import conclude, count_seeds
+from flaxnets.reporting.figures import draw_errors
+from flaxnets.reporting.tables import blocks, differences_table, network_name, results_table
+from flaxnets.studies.config import DEEPEST, DTYPES
+from flaxnets.studies.restore import build_model
+from flaxnets.studies.study import (
     Run,
     begin_run,
     check_place,
@@ -85,8 +82,7 @@ from flaxnets.study import (
     write_study,
     write_summary,
 )
-from flaxnets.tables import blocks, differences_table, millions, network_name, results_table
-from flaxnets.text import plural
+from flaxnets.text import duration, millions, plural
 from flaxnets.training import (
     RECIPES,
     CheckpointEvery,
@@ -96,6 +92,7 @@ from flaxnets.training import (
     RunResult,
     train_run,
 )
+from flaxnets.training.environment import record_environment
 from flaxnets.training.estimate import Probe, estimate_seconds, measure
 
 # Of the cifar family. Deeper ones, unrolled, would take minutes to compile and much memory.

@@ -30,18 +30,11 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from flaxnets.config import DATASET_NAME
-from flaxnets.console import (
-    ArgumentParser,
-    Interruption,
-    StudyProgress,
-    check_choice,
-    duration,
-    plain_console,
-    positive,
-    run_command,
-    words,
-)
+from flaxnets.cli.arguments import ArgumentParser, check_choice, positive, words
+from flaxnets.cli.interruption import Interruption
+from flaxnets.cli.main import run_command
+from flaxnets.cli.memory import keep_memory
+from flaxnets.cli.progress import StudyProgress, plain_console
 from flaxnets.data import Dataset, Split, load_dataset
 from flaxnets.diagnostics import (
     DIAGNOSTICS,
@@ -58,12 +51,13 @@ from flaxnets.diagnostics import (
 )
 from flaxnets.errors import InputError
 from flaxnets.files import explained
-from flaxnets.memory import keep_memory
 from flaxnets.models.resnet import ResNet
 from flaxnets.parallel import data_mesh, replicate
-from flaxnets.report import parse_number
-from flaxnets.restore import restore
-from flaxnets.study import Run, lock_directory, read_runs, run_directory
+from flaxnets.reporting.html_report import parse_number
+from flaxnets.studies.config import DATASET_NAME
+from flaxnets.studies.restore import restore
+from flaxnets.studies.study import Run, lock_directory, read_runs, run_directory
+from flaxnets.text import duration
 from flaxnets.training import Progress
 
 

@@ -23,7 +23,8 @@ from rich.console import Console
 from rich.table import Table
 
 import flaxnets
-from flaxnets.console import ArgumentParser, run_command
+from flaxnets.cli.arguments import ArgumentParser
+from flaxnets.cli.main import run_command
 from flaxnets.data import load_dataset
 from flaxnets.parallel import data_mesh
 from flaxnets.training import RECIPES, Program, train_run

@@ -32,8 +32,9 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from flaxnets.config import DATASET_NAME
-from flaxnets.console import ArgumentParser, CheckProgress, check_choice, plain_console, run_command
+from flaxnets.cli.arguments import ArgumentParser, check_choice
+from flaxnets.cli.main import run_command
+from flaxnets.cli.progress import CheckProgress, plain_console
 from flaxnets.data import Dataset, Preprocess, Split, find_dataset, load_dataset
 from flaxnets.data.batches import imagenet_statistics
 from flaxnets.data.datasets import DatasetInfo
@@ -46,7 +47,14 @@ from flaxnets.data.stream import (
     load_in_memory,
 )
 from flaxnets.errors import InputError
-from flaxnets.evaluation import (
+from flaxnets.files import explained, write_atomic
+from flaxnets.models import create_model, published_image_shape
+from flaxnets.models.torch_weights import load_torch
+from flaxnets.reporting.evaluation_figures import draw_confusion, draw_contact_sheet
+from flaxnets.studies.config import DATASET_NAME
+from flaxnets.studies.restore import Restored, restore
+from flaxnets.text import shorten, spreadsheet_text
+from flaxnets.training.evaluation import (
     MOST_CONFUSED,
     Evaluation,
     compute_logits,
@@ -56,12 +64,6 @@ from flaxnets.evaluation import (
     evaluation_fraction,
     most_confidently_wrong,
 )
-from flaxnets.files import explained, write_atomic
-from flaxnets.models import create_model, published_image_shape
-from flaxnets.pictures import draw_confusion, draw_contact_sheet
-from flaxnets.restore import Restored, restore
-from flaxnets.text import shorten, spreadsheet_text
-from flaxnets.torch_weights import load_torch
 
 WEIGHTS = (".safetensors", ".pth", ".pt", ".th")
 # The share of a picture's shorter side that torchvision's networks are evaluated on, 224 of 256.

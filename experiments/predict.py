@@ -24,17 +24,19 @@ import numpy as np
 from rich import box
 from rich.table import Table
 
-from flaxnets.console import ArgumentParser, plain_console, positive, run_command
+from flaxnets.cli.arguments import ArgumentParser, positive
+from flaxnets.cli.main import run_command
+from flaxnets.cli.progress import plain_console
 from flaxnets.data.images import decode_crop, fit_box
 from flaxnets.errors import InputError
-from flaxnets.evaluation import (
+from flaxnets.studies.restore import restore
+from flaxnets.text import shorten
+from flaxnets.training.evaluation import (
     compute_logits,
     compute_probabilities,
     evaluation_batch,
     evaluation_fraction,
 )
-from flaxnets.restore import restore
-from flaxnets.text import shorten
 
 
 def main(arguments: list[str] | None = None) -> int:

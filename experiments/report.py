@@ -16,11 +16,18 @@ import os
 import sys
 from pathlib import Path
 
-from flaxnets.console import ArgumentParser, plain_console, run_command
+from flaxnets.cli.arguments import ArgumentParser
+from flaxnets.cli.main import run_command
+from flaxnets.cli.progress import plain_console
 from flaxnets.errors import InputError
 from flaxnets.files import write_atomic
-from flaxnets.report import make_report, read_diagnostics, read_environments, read_picture
-from flaxnets.study import RUN_FILES, read_runs
+from flaxnets.reporting.html_report import (
+    make_report,
+    read_diagnostics,
+    read_environments,
+    read_picture,
+)
+from flaxnets.studies.study import RUN_FILES, read_runs
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -22,12 +22,14 @@ import flax.linen as nn
 from rich import box
 from rich.table import Table
 
-from flaxnets.console import ArgumentParser, plain_console, positive, run_command
-from flaxnets.drawing import draw_networks, find_blocks
+from flaxnets.cli.arguments import ArgumentParser, positive
+from flaxnets.cli.main import run_command
+from flaxnets.cli.progress import plain_console
 from flaxnets.errors import InputError
 from flaxnets.models import ResNet, create_model, list_models, published_image_shape
 from flaxnets.models.cost import Cost, LayerCost, list_layers, list_modules
-from flaxnets.tables import millions
+from flaxnets.reporting.architecture_figures import draw_networks, find_blocks
+from flaxnets.text import millions
 
 LARGEST = 10_000
 SUFFIXES = (".svg", ".png", ".pdf")

@@ -38,20 +38,17 @@ from rich import box
 from rich.table import Table
 
 import flaxnets
-from flaxnets.config import DEEPEST, DTYPES, check_config, is_network
-from flaxnets.console import (
+from flaxnets.cli.arguments import (
     ArgumentParser,
-    CheckProgress,
-    Interruption,
-    StudyProgress,
     check_batch_size,
     check_choice,
     checkpoint_every,
-    duration,
-    plain_console,
     positive,
-    run_command,
 )
+from flaxnets.cli.interruption import Interruption
+from flaxnets.cli.main import run_command
+from flaxnets.cli.memory import keep_memory
+from flaxnets.cli.progress import CheckProgress, StudyProgress, plain_console
 from flaxnets.data import Augmentation, Dataset, Preprocess, Split, find_dataset, load_dataset
 from flaxnets.data.batches import imagenet_statistics
 from flaxnets.data.folder import find_folder
@@ -64,18 +61,16 @@ from flaxnets.data.stream import (
     load_in_memory,
 )
 from flaxnets.errors import InputError
-from flaxnets.figures import draw_run
 from flaxnets.files import explained, write_atomic
-from flaxnets.memory import keep_memory
 from flaxnets.models import create_model, published_image_shape
 from flaxnets.models.cost import count_cost, count_depth
 from flaxnets.models.resnet import ResNet
 from flaxnets.parallel import data_mesh, make_deterministic, replicate
-from flaxnets.restore import preprocess_of, restore
-from flaxnets.study import begin_run, check_place, check_run, lock_directory
-from flaxnets.tables import millions
-from flaxnets.tensorboard import open_tensorboard
-from flaxnets.text import shorten
+from flaxnets.reporting.figures import draw_run
+from flaxnets.studies.config import DEEPEST, DTYPES, check_config, is_network
+from flaxnets.studies.restore import preprocess_of, restore
+from flaxnets.studies.study import begin_run, check_place, check_run, lock_directory
+from flaxnets.text import duration, millions, shorten
 from flaxnets.training import (
     RECIPES,
     Checkpoints,
@@ -89,6 +84,7 @@ from flaxnets.training import (
 from flaxnets.training.checkpoints import read_newest
 from flaxnets.training.loop import best_epoch
 from flaxnets.training.recipes import CHOICES, PRESETS, describe_fields
+from flaxnets.training.tensorboard import open_tensorboard
 
 DEFAULT_RECIPE = "adam"
 # Images, decoded, that are kept in memory rather than read again each epoch.

@@ -2,8 +2,8 @@
 
 from flaxnets.errors import InputError
 from flaxnets.models import create_model, list_models
-from flaxnets.restore import restore
-from flaxnets.torch_weights import load_torch, save_torch
+from flaxnets.models.torch_weights import load_torch, save_torch
+from flaxnets.studies.restore import restore
 
 __version__ = "0.1.0"
 

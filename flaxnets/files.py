@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from flaxnets.errors import StorageError
+from flaxnets.text import megabytes
 
 INTACT = "what was saved before is intact, and the same command goes on from there"
 
@@ -86,8 +87,3 @@ def _reason(path: Path, size: int, error: BaseException | None) -> str | None:
     if not os.access(place, os.W_OK | os.X_OK):
         return f"no permission to write in {place}; {INTACT}"
     return os.strerror(number) if number else None
-
-
-def megabytes(size: int) -> str:
-    """`3.1 MB`."""
-    return f"{size / 1e6:.1f} MB" if size >= 50_000 else f"{size / 1e3:.1f} kB"

@@ -21,3 +21,20 @@ def spreadsheet_text(text: str) -> str:
     """`text` that a spreadsheet takes for text, not for a formula, and a terminal can print."""
     text = shorten(text, 32_767)  # what a cell holds
     return f"'{text}" if text.startswith(("=", "+", "-", "@")) else text
+
+
+def duration(seconds: float) -> str:
+    """`0:42`, `12:05`, `3:10:00`."""
+    minutes, secs = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{secs:02}" if hours else f"{minutes}:{secs:02}"
+
+
+def megabytes(size: int) -> str:
+    """`3.1 MB`."""
+    return f"{size / 1e6:.1f} MB" if size >= 50_000 else f"{size / 1e3:.1f} kB"
+
+
+def millions(count: int) -> str:
+    """`0.20 M`."""
+    return f"{count / 1e6:.2f} M"

@@ -73,7 +73,7 @@ def digits(data_dir: Path):
 def study(degradation, data_dir: Path, tmp_path_factory: pytest.TempPathFactory):
     """A finished study, both kinds at depth 8, seed 0, two epochs, each with a checkpoint. Not to
     be changed."""
-    from flaxnets.console import run_command
+    from flaxnets.cli.main import run_command
 
     out = tmp_path_factory.mktemp("study") / "out"
     arguments = ["--depths", "8", "--epochs", "2", "--data-dir", str(data_dir)]

@@ -11,7 +11,8 @@ import threading
 from pathlib import Path
 from typing import Any
 
-import flaxnets.console
+import flaxnets.cli.main
+import flaxnets.cli.progress
 import flaxnets.files
 import flaxnets.training.checkpoints as checkpoints
 import flaxnets.training.loop as loop
@@ -41,13 +42,13 @@ def die_at_call(owner: Any, name: str, count: int = 1, after: bool = False):
 
 
 def in_the_first_compilation():
-    start_run = flaxnets.console.StudyProgress.start_run
+    start_run = flaxnets.cli.progress.StudyProgress.start_run
 
     def dying(*args):
         threading.Timer(0.7, die).start()
         return start_run(*args)
 
-    flaxnets.console.StudyProgress.start_run = dying
+    flaxnets.cli.progress.StudyProgress.start_run = dying
 
 
 def while_orbax_writes():
@@ -79,14 +80,14 @@ def while_an_old_checkpoint_is_removed():
 
 
 def in_the_middle_of_an_epoch():
-    update = flaxnets.console.RunProgress.update
+    update = flaxnets.cli.progress.RunProgress.update
 
     def dying(self, progress, force=False):
         update(self, progress, force)
         if progress.step % 11 == 5 and not force:
             die()
 
-    flaxnets.console.RunProgress.update = dying
+    flaxnets.cli.progress.RunProgress.update = dying
 
 
 def between_metrics_and_checkpoint():
@@ -114,4 +115,4 @@ PLACES = {
 
 if __name__ == "__main__":
     PLACES[sys.argv[1]]()
-    sys.exit(flaxnets.console.run_command(degradation.main, sys.argv[2:]))
+    sys.exit(flaxnets.cli.main.run_command(degradation.main, sys.argv[2:]))

@@ -18,7 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 
 import flaxnets
-from flaxnets.console import process_group
+from flaxnets.cli.arguments import process_group
 from flaxnets.data import Augmentation, Dataset, Preprocess, Split
 from flaxnets.parallel import data_mesh, is_primary, start_processes
 from flaxnets.training import CheckpointEvery, Checkpoints, Program, Recipe, create_state, train_run

@@ -14,7 +14,7 @@ import pytest
 
 import flaxnets
 from experiments.contenders import flax_example, ours, torch_peer
-from flaxnets.console import run_command
+from flaxnets.cli.main import run_command
 from tests.conftest import ROOT, load_script
 
 SCRIPT = ROOT / "experiments" / "benchmark.py"

@@ -4,9 +4,9 @@ import numpy as np
 import pytest
 from rich.console import Console
 
-from flaxnets.comparison import bootstrap_interval, depth_pairs, paired_differences
-from flaxnets.study import group_runs
-from flaxnets.tables import differences_table
+from flaxnets.reporting.comparison import bootstrap_interval, depth_pairs, paired_differences
+from flaxnets.reporting.tables import differences_table
+from flaxnets.studies.study import group_runs
 from tests.test_study import made_run
 
 

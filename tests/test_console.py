@@ -9,17 +9,21 @@ import time
 
 import pytest
 
-from flaxnets import console
-from flaxnets.console import ArgumentParser, StudyProgress, duration, plain_console, run_command
+from flaxnets.cli import progress as progress_module
+from flaxnets.cli.arguments import ArgumentParser
+from flaxnets.cli.main import run_command
+from flaxnets.cli.progress import StudyProgress, plain_console
 from flaxnets.errors import InputError
-from flaxnets.study import check_place, lock_directory
+from flaxnets.studies.study import check_place, lock_directory
+from flaxnets.text import duration
 from flaxnets.training import Progress
 from tests.studies import COMMAND, ROOT
 
 # A command that prints, fails or is interrupted, as a real process of its own.
 TINY = """
 import sys
-from flaxnets.console import plain_console, run_command
+from flaxnets.cli.main import run_command
+from flaxnets.cli.progress import plain_console
 from flaxnets.errors import InputError
 
 def main(arguments):
@@ -137,7 +141,7 @@ def test_ctrl_c_in_the_imports():
 class Clock:
     def __init__(self, monkeypatch):
         self.now = 0.0
-        monkeypatch.setattr(console.time, "perf_counter", lambda: self.now)
+        monkeypatch.setattr(progress_module.time, "perf_counter", lambda: self.now)
 
 
 def test_compilation_is_not_taken_for_training(monkeypatch):

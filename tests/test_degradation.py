@@ -13,9 +13,9 @@ from pathlib import Path
 import pytest
 from test_study import made_run
 
-from flaxnets.console import run_command
+from flaxnets.cli.main import run_command
 from flaxnets.errors import StorageError
-from flaxnets.study import group_runs
+from flaxnets.studies.study import group_runs
 from flaxnets.training import RunResult
 from flaxnets.training.estimate import Probe
 from tests.studies import assert_same_study

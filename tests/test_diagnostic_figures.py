@@ -30,7 +30,7 @@ from flaxnets.diagnostics.finding import significant, span
 from flaxnets.diagnostics.gradients import BARE, END, START, describe_flow
 from flaxnets.diagnostics.landscape import interpolate
 from flaxnets.diagnostics.panels import round_ticks
-from flaxnets.figures import colour_depths
+from flaxnets.reporting.figures import colour_depths
 
 NETWORKS = ("plain-8", "plain-14", "residual-8", "residual-14")
 # Of depth 6 no network is looked into, but it has its colour.
@@ -467,7 +467,7 @@ def test_diagnostics_know_nothing_of_terminals():
                 imported |= {alias.name for alias in node.names}
             elif isinstance(node, ast.ImportFrom):
                 imported.add(node.module)
-    assert "flaxnets.figures" in imported
+    assert "flaxnets.reporting.figures" in imported
     assert not {
         name for name in imported if re.match(r"rich|argparse|tyro|flaxnets\.(console|cli)", name)
     }

@@ -17,7 +17,7 @@ import pytest
 
 import flaxnets
 from flaxnets import InputError
-from flaxnets.console import run_command
+from flaxnets.cli.main import run_command
 from flaxnets.diagnostics import (
     GradientLog,
     NotPossibleError,

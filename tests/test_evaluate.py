@@ -11,13 +11,13 @@ from PIL import Image
 from rich.console import Console
 
 import flaxnets
-from flaxnets.console import run_command
+from flaxnets.cli.main import run_command
 from flaxnets.data import Preprocess, load_dataset
 from flaxnets.data.folder import find_folder
-from flaxnets.evaluation import compute_logits, evaluate_logits
-from flaxnets.manifest import write_manifest
-from flaxnets.pictures import draw_confusion, draw_contact_sheet
+from flaxnets.reporting.evaluation_figures import draw_confusion, draw_contact_sheet
 from flaxnets.text import shorten
+from flaxnets.training.evaluation import compute_logits, evaluate_logits
+from flaxnets.training.manifest import write_manifest
 from tests.conftest import load_script
 from tests.helpers import random_variables
 

@@ -11,7 +11,7 @@ import pytest
 from sklearn import metrics
 
 from flaxnets.data import Preprocess
-from flaxnets.evaluation import (
+from flaxnets.training.evaluation import (
     compute_logits,
     compute_probabilities,
     evaluate_logits,

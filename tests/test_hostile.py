@@ -13,8 +13,8 @@ import pytest
 
 import flaxnets
 from flaxnets.errors import DamageWarning
-from flaxnets.manifest import MANIFEST, write_manifest
-from flaxnets.study import check_study, read_runs
+from flaxnets.studies.study import check_study, read_runs
+from flaxnets.training.manifest import MANIFEST, write_manifest
 
 # Orbax's tasks go on for a moment after an error that has been raised.
 pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")

@@ -9,8 +9,8 @@ import pytest
 from PIL import Image
 
 import flaxnets
-from flaxnets.console import run_command
-from flaxnets.manifest import write_manifest
+from flaxnets.cli.main import run_command
+from flaxnets.training.manifest import write_manifest
 from tests.conftest import load_script
 
 

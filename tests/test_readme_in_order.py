@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from flaxnets.console import run_command
+from flaxnets.cli.main import run_command
 from flaxnets.data import datasets
 from flaxnets.training import RECIPES
 from tests.conftest import load_script

@@ -19,13 +19,18 @@ from selenium.webdriver.chrome.options import Options
 from selenium.webdriver.chrome.service import Service
 from selenium.webdriver.common.by import By
 
-from flaxnets.conclusion import conclude
-from flaxnets.console import run_command
+from flaxnets.cli.main import run_command
 from flaxnets.data import load_dataset
 from flaxnets.errors import DamageWarning
-from flaxnets.report import Diagnostic, make_report, read_diagnostics, read_environments
-from flaxnets.reproduce import reproduce
-from flaxnets.study import Run, group_runs
+from flaxnets.reporting.conclusion import conclude
+from flaxnets.reporting.html_report import (
+    Diagnostic,
+    make_report,
+    read_diagnostics,
+    read_environments,
+)
+from flaxnets.reporting.reproduce import reproduce
+from flaxnets.studies.study import Run, group_runs
 from flaxnets.training.loop import METRICS, RunResult
 from tests.conftest import load_script
 from tests.test_hostile import HOSTILE, changed, places

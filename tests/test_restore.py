@@ -10,7 +10,7 @@ import pytest
 
 import flaxnets
 from flaxnets.errors import DamageWarning
-from flaxnets.manifest import write_manifest
+from flaxnets.training.manifest import write_manifest
 
 SCRIPT = """
 import sys

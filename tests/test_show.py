@@ -5,9 +5,9 @@ import re
 import pytest
 
 import flaxnets
-from flaxnets.console import run_command
-from flaxnets.drawing import find_blocks
+from flaxnets.cli.main import run_command
 from flaxnets.models.cost import count_cost, list_modules
+from flaxnets.reporting.architecture_figures import find_blocks
 
 
 def run(show, capsys, *arguments):

@@ -10,10 +10,10 @@ from pathlib import Path
 
 import pytest
 
-from flaxnets.console import run_command
+from flaxnets.cli.main import run_command
 from flaxnets.errors import StorageError
 from flaxnets.files import write_atomic
-from flaxnets.study import read_runs
+from flaxnets.studies.study import read_runs
 from tests.studies import COMMAND, finish
 
 # Orbax's tasks go on for a moment after an error that has been raised.

@@ -12,10 +12,10 @@ from matplotlib.colors import to_rgb
 from rich.console import Console
 
 from flaxnets import InputError, figures
-from flaxnets.environment import record_environment
 from flaxnets.errors import DamageWarning
-from flaxnets.figures import draw_errors, draw_run
-from flaxnets.study import (
+from flaxnets.reporting.figures import draw_errors, draw_run
+from flaxnets.reporting.tables import results_table
+from flaxnets.studies.study import (
     SUMMARY,
     Run,
     check_place,
@@ -26,7 +26,7 @@ from flaxnets.study import (
     write_study,
     write_summary,
 )
-from flaxnets.tables import results_table
+from flaxnets.training.environment import record_environment
 from flaxnets.training.loop import METRICS, RunResult
 
 

@@ -17,9 +17,9 @@ import pytest
 from PIL import Image
 
 import flaxnets
-from flaxnets.console import run_command
-from flaxnets.manifest import write_manifest
+from flaxnets.cli.main import run_command
 from flaxnets.training import RECIPES, checkpoints
+from flaxnets.training.manifest import write_manifest
 from tests.studies import ROOT, assert_same_run, finish, start
 
 COMMAND = (sys.executable, ROOT / "experiments" / "train.py")

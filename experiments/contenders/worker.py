@@ -41,7 +41,7 @@ class Worker:
     def load(self) -> None:
         # Ours calls for it as its users do; those of the others would not have it.
         if self._module == "ours":
-            from flaxnets.memory import keep_memory
+            from flaxnets.cli.memory import keep_memory
 
             keep_memory()
         importlib.import_module(self._module)

@@ -23,8 +23,10 @@ from flaxnets.diagnostics.finding import (
 )
 from flaxnets.diagnostics.layers import Variables, watch_modules
 from flaxnets.diagnostics.panels import WIDTH
-from flaxnets.evaluation import compute_logits
-from flaxnets.figures import (
+from flaxnets.models.cost import count_cost
+from flaxnets.models.resnet import ResNet
+from flaxnets.parallel import data_mesh, replicate
+from flaxnets.reporting.figures import (
     STYLES,
     colour_depths,
     label_ends,
@@ -32,10 +34,8 @@ from flaxnets.figures import (
     style_axes,
     write_png_and_svg,
 )
-from flaxnets.models.cost import count_cost
-from flaxnets.models.resnet import ResNet
-from flaxnets.parallel import data_mesh, replicate
 from flaxnets.training import Program, Recipe, RunResult, TrainState, train_run
+from flaxnets.training.evaluation import compute_logits
 from flaxnets.training.loop import EVAL_BATCH
 
 EPSILON = 1e-5  # of `flaxnets.models.layers.batch_norm`

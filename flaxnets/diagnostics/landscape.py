@@ -29,7 +29,7 @@ from flaxnets.diagnostics.finding import (
 )
 from flaxnets.diagnostics.layers import Variables
 from flaxnets.diagnostics.panels import WIDTH, round_ticks
-from flaxnets.figures import write_png_and_svg
+from flaxnets.reporting.figures import write_png_and_svg
 from flaxnets.training.steps import cross_entropy
 
 # Of a square of points around a network, along both directions.

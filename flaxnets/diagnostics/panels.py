@@ -16,7 +16,7 @@ from matplotlib.ticker import FixedLocator, FuncFormatter, MaxNLocator, NullLoca
 from numpy.typing import ArrayLike
 
 from flaxnets.diagnostics.finding import Setting, split_name
-from flaxnets.figures import colour_depths, label_ends, style_axes, write_png_and_svg
+from flaxnets.reporting.figures import colour_depths, label_ends, style_axes, write_png_and_svg
 
 WIDTH = 8.8  # inches
 LINE: dict[str, Any] = {"lw": 1.8, "ls": "-"}

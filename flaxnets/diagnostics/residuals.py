@@ -35,8 +35,8 @@ from flaxnets.diagnostics.panels import (
     number_values,
     of_kind,
 )
-from flaxnets.figures import STYLES, colour_depths, scale_errors, write_png_and_svg
 from flaxnets.models.resnet import Block
+from flaxnets.reporting.figures import STYLES, colour_depths, scale_errors, write_png_and_svg
 from flaxnets.training.steps import count_errors
 
 WHOLE = "none"  # of the blocks removed

@@ -25,9 +25,9 @@ import orbax.checkpoint as ocp
 
 from flaxnets.errors import DamageWarning, InputError, StorageError
 from flaxnets.files import explained, set_aside
-from flaxnets.manifest import MANIFEST, find_damage, write_manifest
 from flaxnets.models.stacking import stack_blocks, unstack_blocks
 from flaxnets.parallel import greatest, is_primary
+from flaxnets.training.manifest import MANIFEST, find_damage, write_manifest
 from flaxnets.training.steps import TrainState
 
 KEPT = 2
@@ -360,6 +360,27 @@ class Checkpoints:
     def _remove_unfinished(self) -> None:
         for path in self.directory.glob("*.orbax-checkpoint-tmp*"):
             shutil.rmtree(path, ignore_errors=True)
+
+
+def comparable(config: Any) -> Any:
+    """The part of a config, as JSON has it, that must match for a run to be resumed.
+
+    A folder of pictures, or the weights that a run started from, may have moved: their content is
+    known by its sha256.
+    """
+    config = json.loads(json.dumps(config))
+    if not isinstance(config, dict):
+        return config
+    dataset, start, model = (config.get(key) for key in ("dataset", "init_from", "model"))
+    if isinstance(dataset, dict) and str(dataset.get("name")).startswith("folder:"):
+        config["dataset"] = {k: v for k, v in dataset.items() if k not in ("name", "path")}
+    if isinstance(start, dict) and re.fullmatch(r"[0-9a-f]{64}", str(start.get("digest"))):
+        config["init_from"] = {k: v for k, v in start.items() if k != "path"}
+    name = model.get("name") if isinstance(model, dict) else None
+    if name == config.get("kind") != "alexnet2012":
+        # The name settles the depth, which older runs have as 0 where there is no number in it.
+        config.pop("depth", None)
+    return config
 
 
 def read_newest(

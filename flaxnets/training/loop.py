@@ -19,15 +19,14 @@ import jax
 import optax
 from jax.sharding import Mesh
 
-from flaxnets.config import comparable
 from flaxnets.data.batches import Augmentation, Preprocess, epoch_order
 from flaxnets.data.datasets import Dataset, Split, refuse_nothing_to_learn
 from flaxnets.data.stream import TrainStream, eval_batches
-from flaxnets.environment import describe_change, record_environment
 from flaxnets.errors import DamageWarning, FallbackWarning, InputError, StorageError
 from flaxnets.files import write_atomic
 from flaxnets.parallel import greatest, is_primary, replicate, split_batch
-from flaxnets.training.checkpoints import Checkpoints
+from flaxnets.training.checkpoints import Checkpoints, comparable
+from flaxnets.training.environment import describe_change, record_environment
 from flaxnets.training.recipes import Recipe, observe_plateau, plateau_scale
 from flaxnets.training.steps import (
     TrainState,

@@ -22,7 +22,7 @@ from PIL import Image
 
 import flaxnets
 from flaxnets import InputError
-from flaxnets.console import run_command
+from flaxnets.cli.main import run_command
 from flaxnets.data import Split
 from flaxnets.data.datasets import channel_statistics
 from flaxnets.data.folder import find_folder

@@ -13,9 +13,9 @@ import numpy as np
 import pytest
 
 from flaxnets.errors import DamageWarning, FallbackWarning, InputError, StorageError
-from flaxnets.manifest import MANIFEST, find_damage, write_manifest
 from flaxnets.training import CheckpointEvery, Checkpoints, checkpoints, train_run
 from flaxnets.training.checkpoints import read_newest
+from flaxnets.training.manifest import MANIFEST, find_damage, write_manifest
 from tests.helpers import stop_at
 
 

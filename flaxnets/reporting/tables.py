@@ -7,9 +7,9 @@ from typing import Any
 from rich import box
 from rich.table import Table
 
-from flaxnets.comparison import compare_depths, describe_differences
-from flaxnets.console import duration
-from flaxnets.study import Network
+from flaxnets.reporting.comparison import compare_depths, describe_differences
+from flaxnets.studies.study import Network
+from flaxnets.text import duration, millions
 
 
 def network_name(config: dict[str, Any]) -> str:
@@ -20,11 +20,6 @@ def network_name(config: dict[str, Any]) -> str:
 def blocks(config: dict[str, Any]) -> str:
     """Blocks in each stage, `3-3-2`."""
     return "-".join(map(str, config["blocks"])) or "-"
-
-
-def millions(count: int) -> str:
-    """`0.20 M`."""
-    return f"{count / 1e6:.2f} M"
 
 
 def results_table(networks: Sequence[Network]) -> Table:

@@ -24,9 +24,9 @@ from matplotlib.patches import Patch
 from matplotlib.ticker import FixedLocator, FuncFormatter, MaxNLocator, NullLocator
 
 from flaxnets.files import write_atomic
-from flaxnets.study import Network, Run
-from flaxnets.tables import blocks, millions, network_name
-from flaxnets.text import shorten
+from flaxnets.reporting.tables import blocks, network_name
+from flaxnets.studies.study import Network, Run
+from flaxnets.text import millions, shorten
 
 # After Okabe and Ito (2008), without faint ones: each has a contrast of 3:1 or more on white,
 # and neighbouring depths differ in lightness too.

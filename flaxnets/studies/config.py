@@ -1,6 +1,5 @@
 """What a run's config must hold before anything is made of it: it may come from a stranger."""
 
-import json
 import math
 import re
 from collections.abc import Callable
@@ -91,27 +90,6 @@ FIELDS: dict[str, Callable[[Any], bool]] = {
     "class_names": _are(_is_text),
     "preprocess": _is_preprocess,
 }
-
-
-def comparable(config: Any) -> Any:
-    """The part of a config, as JSON has it, that must match for a run to be resumed.
-
-    A folder of pictures, or the weights that a run started from, may have moved: their content is
-    known by its sha256.
-    """
-    config = json.loads(json.dumps(config))
-    if not isinstance(config, dict):
-        return config
-    dataset, start, model = (config.get(key) for key in ("dataset", "init_from", "model"))
-    if isinstance(dataset, dict) and str(dataset.get("name")).startswith("folder:"):
-        config["dataset"] = {k: v for k, v in dataset.items() if k not in ("name", "path")}
-    if isinstance(start, dict) and re.fullmatch(r"[0-9a-f]{64}", str(start.get("digest"))):
-        config["init_from"] = {k: v for k, v in start.items() if k != "path"}
-    name = model.get("name") if isinstance(model, dict) else None
-    if name == config.get("kind") != "alexnet2012":
-        # The name settles the depth, which older runs have as 0 where there is no number in it.
-        config.pop("depth", None)
-    return config
 
 
 def check_config(config: Any) -> None:

@@ -10,7 +10,7 @@ from matplotlib.colors import PowerNorm
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 
-from flaxnets.figures import write_figure
+from flaxnets.reporting.figures import write_figure
 from flaxnets.text import shorten
 
 # Of the confusion matrix: inches a class, and the whole at least and at most.

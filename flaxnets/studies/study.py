@@ -27,11 +27,11 @@ from typing import Any, Literal
 
 import jax
 
-from flaxnets.config import check_config, comparable
 from flaxnets.errors import DamageWarning, InputError
 from flaxnets.files import explained, set_aside, write_atomic
 from flaxnets.parallel import gather_texts, is_primary, refused_together
-from flaxnets.training.checkpoints import Checkpoints, read_newest
+from flaxnets.studies.config import check_config
+from flaxnets.training.checkpoints import Checkpoints, comparable, read_newest
 from flaxnets.training.loop import RunResult, write_metrics
 
 FINAL_METRICS: tuple[str, ...] = ("train_error", "test_error", "train_loss", "test_loss")

@@ -6,7 +6,7 @@ from itertools import pairwise
 import numpy as np
 from scipy import stats
 
-from flaxnets.study import Network
+from flaxnets.studies.study import Network
 
 ENOUGH_SEEDS = 5  # for an interval
 

@@ -17,14 +17,14 @@ from pathlib import Path
 from string import Template
 from typing import Any
 
-from flaxnets.comparison import compare_depths, describe_differences
-from flaxnets.conclusion import conclude
-from flaxnets.console import duration
 from flaxnets.errors import DamageWarning
-from flaxnets.figures import COLOURS
-from flaxnets.reproduce import DEFINITION, plain, reproduce
-from flaxnets.study import Network, Run, curves, group_runs
-from flaxnets.tables import blocks, network_name
+from flaxnets.reporting.comparison import compare_depths, describe_differences
+from flaxnets.reporting.conclusion import conclude
+from flaxnets.reporting.figures import COLOURS
+from flaxnets.reporting.reproduce import DEFINITION, plain, reproduce
+from flaxnets.reporting.tables import blocks, network_name
+from flaxnets.studies.study import Network, Run, curves, group_runs
+from flaxnets.text import duration
 
 LARGEST_FILE = 50_000_000  # bytes
 METRICS = (

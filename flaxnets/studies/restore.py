@@ -9,12 +9,12 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from flaxnets.config import DTYPES, check_config
 from flaxnets.data.batches import Preprocess
 from flaxnets.errors import InputError
 from flaxnets.models import create_model
 from flaxnets.models.stacking import unscanned
 from flaxnets.parallel import data_mesh, replicated
+from flaxnets.studies.config import DTYPES, check_config
 from flaxnets.training.checkpoints import Checkpoints, read_newest
 from flaxnets.training.loop import find_mismatch, read_rows
 

@@ -10,7 +10,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import asdict
 from typing import Any
 
-from flaxnets.config import DATASET_NAME
+from flaxnets.studies.config import DATASET_NAME
 from flaxnets.training import RECIPES
 
 # What all runs of a study have in common; see `experiments/degradation.py`.

@@ -1,0 +1,1 @@
+"""What the commands share: arguments, interruption, progress, exit status."""

@@ -1,0 +1,122 @@
+"""Arguments of the commands: what is wrong with one is an `InputError` in one line."""
+
+import argparse
+import math
+import re
+import sys
+from collections.abc import Callable
+from typing import Any, NoReturn
+
+import jax
+
+from flaxnets.errors import InputError, nearest
+from flaxnets.training.loop import CheckpointEvery
+
+
+class ArgumentParser(argparse.ArgumentParser):
+    """argparse, with every error an `InputError` in one line and unknown flags set right."""
+
+    def __init__(self, **kwargs: Any) -> None:
+        super().__init__(
+            allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter, **kwargs
+        )
+
+    def error(self, message: str) -> NoReturn:
+        raise InputError(f"{message} (--help lists the options)")
+
+    def parse(self, arguments: list[str] | None) -> argparse.Namespace:
+        flags = [name for action in self._actions for name in action.option_strings]
+        given = sys.argv[1:] if arguments is None else arguments
+        # Before anything that is missing: it may only be misspelt.
+        options = given[: given.index("--")] if "--" in given else given
+        unknown = [argument.split("=")[0] for argument in options if argument.startswith("--")]
+        unknown = [flag for flag in unknown if flag not in flags]
+        if not unknown:
+            known, rest = self.parse_known_args(given)
+            unknown = [argument.split("=")[0] for argument in rest]
+            if not unknown:
+                return known
+        self.error(f"unknown argument {unknown[0]}{nearest(unknown[0], flags)}")
+
+
+def whole_numbers(text: str) -> list[int]:
+    """Argument type: `18,34,56`."""
+    try:
+        return [int(part) for part in text.split(",")]
+    except ValueError:
+        example = "18,34,56"
+        if found := re.fullmatch(r"(\d{1,9})(?:-|:|\.\.)(\d{1,9})", text):
+            first, last = map(int, found.groups())
+            if first < last < first + 100:
+                example = ",".join(map(str, range(first, last + 1)))
+        raise argparse.ArgumentTypeError(
+            f"{text!r} is not a list of whole numbers such as {example}"
+        ) from None
+
+
+def words(text: str) -> list[str]:
+    """Argument type: `plain,residual`."""
+    return [part.strip() for part in text.split(",")]
+
+
+def positive(number: type) -> Callable[[str], Any]:
+    """Argument type: a finite `number` (int or float) above 0."""
+
+    def parse(text: str) -> Any:
+        try:
+            value = number(text)
+        except ValueError:
+            value = math.nan
+        if not (0 < value < math.inf):
+            what = "a whole number" if number is int else "a number"
+            raise argparse.ArgumentTypeError(f"{text!r} is not {what} above 0")
+        return value
+
+    return parse
+
+
+def checkpoint_every(text: str) -> CheckpointEvery:
+    """Argument type: `500s` or `2000steps`."""
+    try:
+        if text.endswith("steps"):
+            return CheckpointEvery(steps=positive(int)(text.removesuffix("steps")))
+        if text.endswith("s"):
+            return CheckpointEvery(seconds=positive(float)(text.removesuffix("s")))
+    except argparse.ArgumentTypeError:
+        pass
+    raise argparse.ArgumentTypeError(f"{text!r} is not a time or steps, such as 500s or 2000steps")
+
+
+def process_group(text: str) -> tuple[str | None, int | None, int | None]:
+    """Argument type: `10.0.0.1:1234,4,0`, or nothing for what the cluster says."""
+    if not text:
+        return None, None, None
+    found = re.fullmatch(r"(\S+:\d+),(\d+),(\d+)", text)
+    if not found or int(found[3]) >= int(found[2]):
+        raise argparse.ArgumentTypeError(
+            f"{text!r} is not HOST:PORT,PROCESSES,INDEX, such as 10.0.0.1:1234,4,0"
+        )
+    return found[1], int(found[2]), int(found[3])
+
+
+def check_choice(flag: str, value: str, choices: tuple[str, ...], more: str = "") -> None:
+    """Refuse a `value` that is none of `choices`, with the nearest of them."""
+    if value not in choices:
+        raise InputError(
+            f"{flag} is one of {', '.join(choices)}{more}, not {value!r}{nearest(value, choices)}"
+        )
+
+
+def check_batch_size(batch_size: int, num_train: int) -> None:
+    """Refuse a `--batch-size` that does not fit the training images or the devices."""
+    devices = jax.device_count()
+    if batch_size > num_train:
+        raise InputError(
+            f"--batch-size {batch_size} is more than the {num_train} training images; "
+            f"give at most {num_train}"
+        )
+    if batch_size % devices:
+        raise InputError(
+            f"--batch-size {batch_size} does not divide by the {devices} devices; "
+            f"give a multiple of {devices}"
+        )

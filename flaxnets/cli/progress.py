@@ -1,0 +1,214 @@
+"""Progress of long work: live in a terminal, a line now and then elsewhere."""
+
+import statistics
+import sys
+import threading
+import time
+from collections import deque
+from typing import Any
+
+from rich.console import Console, Group
+from rich.live import Live
+from rich.progress_bar import ProgressBar
+from rich.table import Table
+from rich.text import Text
+
+from flaxnets.text import duration
+from flaxnets.training.loop import Progress
+
+
+def plain_console(quiet: bool = False) -> Console:
+    """A console that prints text as it is, or nothing."""
+    console = Console(highlight=False, markup=False, emoji=False, quiet=quiet)
+    if not console.is_terminal:
+        console.width = 120  # a file or a pipe has no width of its own
+    return console
+
+
+class CheckProgress:
+    """`on_progress` of `find_folder`: a line on stderr every ten seconds, the last one not."""
+
+    def __init__(self) -> None:
+        self._shown = time.monotonic()
+
+    def __call__(self, done: int, total: int) -> None:
+        if done < total and time.monotonic() > self._shown + 10:
+            self._shown = time.monotonic()
+            print(f"{done:,} of {total:,} pictures decoded to check them", file=sys.stderr)
+
+
+class StudyProgress:
+    """Live progress of a study: two lines a run on a terminal, else a line now and then.
+
+    `finished` runs were there before, and `work` is what the `unfinished` ones cost in all, in any
+    one unit; the time left is estimated from it.
+    """
+
+    SECONDS_BETWEEN_LINES = 10
+    # Of training before the time left of the study is estimated.
+    SECONDS_OF_EVIDENCE = 5
+
+    def __init__(self, console: Console, finished: int, unfinished: int, work: float) -> None:
+        self.console = console
+        self.total, self._begun = finished + unfinished, finished
+        self._work, self._work_done = work, 0.0
+        self._runs: list[RunProgress] = []
+        self._live = Live(console=console, auto_refresh=False, transient=True)
+        # When the first train step ended, and the work that was done by then.
+        self._evidence: tuple[float, float] | None = None
+        self.lock = threading.RLock()
+
+    def __enter__(self) -> "StudyProgress":
+        if self.console.is_terminal:
+            self._live.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self.console.is_terminal:
+            self._live.stop()
+
+    def start_run(
+        self, name: str, work: float, total_steps: int, steps_per_epoch: int, batch: int
+    ) -> "RunProgress":
+        """The next run begins."""
+        with self.lock:
+            self._begun += 1
+            place = f"run {self._begun} of {self.total}"
+            run = RunProgress(self, name, place, work, total_steps, steps_per_epoch, batch)
+            self._runs.append(run)
+            run.update(Progress(0, 0.0, []), force=True)
+            return run
+
+    def end_run(self, run: "RunProgress", summary: str) -> None:
+        """A run is over: say what came of it, above the live lines."""
+        with self.lock:
+            self._runs.remove(run)
+            self._work_done += run.work
+            self.console.print(summary, soft_wrap=True)
+
+    def draw(self) -> None:
+        """The lines of all runs, and the bar of the study."""
+        bars, facts = Table.grid(padding=(0, 1)), []
+        for run in self._runs:
+            rate = f"{run.time_left()} left, {run.rate()} images/s"
+            bars.add_row(
+                Text(run.name, style="bold"), ProgressBar(run.total_steps, run.step, width=24), rate
+            )
+            facts.append(Text(f"{run.name}: {run.facts()}"))
+        if self.total > 1:
+            bars.add_row(
+                f"study, {self._begun} of {self.total}",
+                ProgressBar(self._work or 1.0, self._done(), width=24),
+                f"{self.time_left()} left",
+            )
+        self._live.update(Group(bars, *facts), refresh=True)
+
+    def _done(self) -> float:
+        return self._work_done + sum(run.work * run.step / run.total_steps for run in self._runs)
+
+    def time_left(self) -> str:
+        """Estimated time left of the study, from the work done since the first train step."""
+        if self._evidence is None:
+            return "?"
+        since, done_then = self._evidence
+        seconds, done = time.perf_counter() - since, self._done()
+        if seconds < self.SECONDS_OF_EVIDENCE or done <= done_then:
+            return "?"
+        return duration((self._work - done) * seconds / (done - done_then))
+
+    def begin_steps(self, run: "RunProgress") -> None:
+        """A run has done its first train step: what was before is compilation, or restored."""
+        if self._evidence is None:
+            self._evidence = (time.perf_counter(), self._done())
+        else:
+            since, done_then = self._evidence
+            restored = run.work * (run.step - 1) / run.total_steps
+            self._evidence = (since, done_then + restored)
+
+
+class RunProgress:
+    """One of the runs of a study that are at work; see `StudyProgress`."""
+
+    def __init__(
+        self,
+        study: StudyProgress,
+        name: str,
+        place: str,
+        work: float,
+        total_steps: int,
+        steps_per_epoch: int,
+        batch: int,
+    ) -> None:
+        self.name, self.work, self.total_steps, self.step = name, work, total_steps, 0
+        self._study, self._place, self._per_epoch, self._batch = (
+            study,
+            place,
+            steps_per_epoch,
+            batch,
+        )
+        self._last_step_at = time.perf_counter()
+        self._last_shown = 0.0
+        self._first_step: int | None = None
+        self._intervals: deque[float] = deque(maxlen=32)
+        self._rows: list[dict[str, Any]] = []
+
+    def update(self, progress: Progress, force: bool = False) -> None:
+        """The run has got to `progress`."""
+        with self._study.lock:
+            now = time.perf_counter()
+            begins = self._first_step is None and progress.step > 0
+            if begins:
+                self._first_step, self._first_step_at = progress.step, now
+            elif progress.step > self.step:
+                self._intervals.append(now - self._last_step_at)
+            self.step, self._last_step_at, self._rows = progress.step, now, progress.rows
+            if begins:
+                self._study.begin_steps(self)
+            on_terminal = self._study.console.is_terminal
+            wait = 0.2 if on_terminal else self._study.SECONDS_BETWEEN_LINES
+            if not force and now - self._last_shown <= wait:
+                return
+            self._last_shown = now
+            if on_terminal:
+                self._study.draw()
+                return
+            name, left = f"{self.name} ({self._place})", f"run {self.time_left()}"
+            left += f", study {self._study.time_left()}"
+            if self._study.total == 1:
+                name, left = self.name, self.time_left()
+            self._study.console.print(
+                f"{name}  {self.facts()}  {self.rate()} images/s  left: {left}", soft_wrap=True
+            )
+
+    def end(self, summary: str) -> None:
+        """The run is over."""
+        self._study.end_run(self, summary)
+
+    def facts(self) -> str:
+        """What is known of the network so far."""
+        epochs = -(-self.total_steps // self._per_epoch)
+        epoch = min(self.step // self._per_epoch + 1, epochs)
+        facts = "compiling" if self._first_step is None else f"epoch {epoch} of {epochs}"
+        if self._rows:
+            row = self._rows[-1]
+            seen = "train" if "train_error" in row else "running_train"
+            # Evaluation's loss, in the first epochs, may be 1e5 of a sound network.
+            facts += f"  running loss {row['running_train_loss']:.3f}"
+            facts += f"  train error {row[f'{seen}_error']:.1f} %"
+            for split in ("validation", "test"):
+                if f"{split}_error" in row:
+                    facts += f"  {split} error {row[f'{split}_error']:.1f} %"
+        return facts
+
+    def rate(self) -> str:
+        """Images a second."""
+        if not self._intervals:
+            return "-"
+        return f"{self._batch / statistics.median(self._intervals):,.0f}"
+
+    def time_left(self) -> str:
+        """Estimated time left of the run, from its own steps since the first."""
+        if self._first_step is None or self.step <= self._first_step:
+            return "?"
+        per_step = (time.perf_counter() - self._first_step_at) / (self.step - self._first_step)
+        return duration(per_step * (self.total_steps - self.step))

@@ -1,0 +1,1 @@
+"""Tables, figures, conclusions and the HTML report of a study."""

@@ -1,0 +1,1 @@
+"""What a study is: its configs, its directory, its runs, and restoring them."""

@@ -1,0 +1,40 @@
+"""The library's packages import one another in one direction."""
+
+import ast
+from pathlib import Path
+
+import pytest
+
+import flaxnets
+
+ROOT = Path(flaxnets.__file__).parent
+# From top to bottom: each package may import those below it, and all import the modules at the end.
+ORDER = ("cli", "diagnostics", "reporting", "studies", "training", "models", "data", "")
+FILES = sorted(path for path in ROOT.rglob("*.py") if path != ROOT / "__init__.py")
+
+
+def package_of(path):
+    return path.relative_to(ROOT).parts[0] if path.parent != ROOT else ""
+
+
+def imported_packages(path):
+    for node in ast.walk(ast.parse(path.read_text())):
+        names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+        if isinstance(node, ast.ImportFrom):
+            names = [node.module or ""]
+        for name in names:
+            root, _, rest = name.partition(".")
+            if root == "flaxnets":
+                first = rest.split(".")[0]
+                yield first if (ROOT / first).is_dir() else ""
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(ROOT)))
+def test_imports_run_one_way(path):
+    own = ORDER.index(package_of(path))
+    above = [name for name in imported_packages(path) if ORDER.index(name) < own]
+    assert not above
+
+
+def test_every_package_has_its_place():
+    assert {package_of(path) for path in FILES} == set(ORDER)
