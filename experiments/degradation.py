@@ -58,7 +58,7 @@ from flaxnets.parallel import (
     data_mesh,
     is_primary,
     make_deterministic,
-    refused_together,
+    raise_on_all_processes,
     replicate,
     start_processes,
 )
@@ -70,7 +70,7 @@ from flaxnets.studies.restore import build_model
 from flaxnets.studies.study import (
     Run,
     begin_run,
-    check_place,
+    check_output_dir,
     check_processes_agree,
     check_study,
     curves,
@@ -86,10 +86,10 @@ from flaxnets.text import duration, millions, plural
 from flaxnets.training import (
     RECIPES,
     CheckpointEvery,
-    Program,
     Progress,
     Recipe,
     RunResult,
+    TrainSetup,
     train_run,
 )
 from flaxnets.training.environment import record_environment
@@ -124,8 +124,8 @@ def main(arguments: list[str] | None = None) -> int:
     # What to train on, and how. Everything that can be refused is refused before the slow part.
     recipe = choose_recipe(args)
     out = args.out or Path("runs/degradation") / f"{args.dataset}-{args.family}"
-    with refused_together():
-        check_place(out)
+    with raise_on_all_processes():
+        check_output_dir(out)
         check_workers(args)
         builders = {kind: import_builder(kind) for kind in args.kinds if ":" in kind}
         info = find_dataset(args.dataset, args.data_dir)
@@ -183,7 +183,7 @@ def main(arguments: list[str] | None = None) -> int:
             draw_errors(networks, figure, title)
         interrupted = interruption.requested()
     if interrupted:
-        interruption.say_how_to_continue()
+        interruption.print_resume_hint()
         return interruption.exit_status
     console.print(results_table(networks))
     differences = differences_table(curves(networks).values())
@@ -240,7 +240,7 @@ def train_study(
 
     def train_seeds(planned: Planned) -> None:
         configs = [config for other, config in unfinished if other is planned]
-        program = None
+        setup = None
         gradients = (
             log_of(planned.model, dataset, batch_size, mesh) if log_gradients and configs else None
         )
@@ -261,9 +261,9 @@ def train_study(
             if gradients is not None:
                 gradients.check(directory)
             # Until its first step it compiles, which takes long and has nothing to lose.
-            program = program or Program.create(planned.model, planned.depth, recipe, dataset, mesh)
+            setup = setup or TrainSetup.create(planned.model, planned.depth, recipe, dataset, mesh)
             result = train_run(
-                program,
+                setup,
                 config["seed"],
                 directory,
                 on_progress,

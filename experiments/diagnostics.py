@@ -50,7 +50,7 @@ from flaxnets.diagnostics import (
     write_numbers,
 )
 from flaxnets.errors import InputError
-from flaxnets.files import explained
+from flaxnets.files import storage_errors
 from flaxnets.models.resnet import ResNet
 from flaxnets.parallel import data_mesh, replicate
 from flaxnets.reporting.html_report import parse_number
@@ -68,7 +68,7 @@ def main(arguments: list[str] | None = None) -> int:
         return redraw(args, console)
     keep_memory()
     study = read_study(args)
-    with explained(study.out, 0):
+    with storage_errors(study.out, 0):
         study.out.mkdir(exist_ok=True)
     names = ", ".join(network.name for network in study.networks)
     console.print(f"finished networks of seed {study.setting.seed}: {names}", soft_wrap=True)
@@ -88,7 +88,7 @@ def main(arguments: list[str] | None = None) -> int:
                 found = make_finding(study.out, name)
                 show(console, found, f" ({duration(time.perf_counter() - start)})")
             if numbers is None or interruption.requested():
-                interruption.say_how_to_continue()
+                interruption.print_resume_hint()
                 return interruption.exit_status
     console.print(f"\nfigures and numbers: {study.out}", soft_wrap=True)
     return 0

@@ -27,7 +27,7 @@ from flaxnets.cli.arguments import ArgumentParser
 from flaxnets.cli.main import run_command
 from flaxnets.data import load_dataset
 from flaxnets.parallel import data_mesh
-from flaxnets.training import RECIPES, Program, train_run
+from flaxnets.training import RECIPES, TrainSetup, train_run
 
 RATES = (0.003, 0.01, 0.03, 0.1, 0.3)
 WARMUPS = (0.0, 0.15)
@@ -44,11 +44,11 @@ def main(arguments: list[str] | None = None) -> int:
         cells = []
         for warmup in WARMUPS:
             recipe = replace(RECIPES["digits"], learning_rate=rate, warmup=warmup)
-            program = Program.create(model, 56, recipe, dataset, data_mesh())
+            setup = TrainSetup.create(model, 56, recipe, dataset, data_mesh())
             errors = []
             for seed in SEEDS:
                 with tempfile.TemporaryDirectory() as directory:
-                    errors.append(train_run(program, seed, Path(directory)).final("train_error"))
+                    errors.append(train_run(setup, seed, Path(directory)).final("train_error"))
             listed = ", ".join(f"{error:.1f}" for error in errors)
             cells.append(f"{fmean(errors):.1f} % ({listed})")
             console.print(f"learning rate {rate}, warm-up {warmup:.0%}: {cells[-1]}")

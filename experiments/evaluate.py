@@ -47,7 +47,7 @@ from flaxnets.data.stream import (
     load_in_memory,
 )
 from flaxnets.errors import InputError
-from flaxnets.files import explained, write_atomic
+from flaxnets.files import storage_errors, write_atomic
 from flaxnets.models import create_model, published_image_shape
 from flaxnets.models.torch_weights import load_torch
 from flaxnets.reporting.evaluation_figures import draw_confusion, draw_contact_sheet
@@ -106,7 +106,7 @@ def main(arguments: list[str] | None = None) -> int:
 
     what = f"{subject.name} on {subject.dataset} ({args.split})"
     print_evaluation(console, evaluation, subject.class_names, what)
-    with explained(args.out / FILES[0], 0):
+    with storage_errors(args.out / FILES[0], 0):
         args.out.mkdir(parents=True, exist_ok=True)
     write_numbers(args.out, evaluation, subject, args.split)
     title = f"{ending(subject.name)} on {ending(subject.dataset)} ({args.split})"

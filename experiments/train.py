@@ -61,7 +61,7 @@ from flaxnets.data.stream import (
     load_in_memory,
 )
 from flaxnets.errors import InputError
-from flaxnets.files import explained, write_atomic
+from flaxnets.files import storage_errors, write_atomic
 from flaxnets.models import create_model, published_image_shape
 from flaxnets.models.cost import count_cost, count_depth
 from flaxnets.models.resnet import ResNet
@@ -69,15 +69,15 @@ from flaxnets.parallel import data_mesh, make_deterministic, replicate
 from flaxnets.reporting.figures import draw_run
 from flaxnets.studies.config import DEEPEST, DTYPES, check_config, is_network
 from flaxnets.studies.restore import preprocess_of, restore
-from flaxnets.studies.study import begin_run, check_place, check_run, lock_directory
+from flaxnets.studies.study import begin_run, check_output_dir, check_run, lock_directory
 from flaxnets.text import duration, millions, shorten
 from flaxnets.training import (
     RECIPES,
     Checkpoints,
-    Program,
     Progress,
     Recipe,
     RunResult,
+    TrainSetup,
     TrainState,
     train_run,
 )
@@ -107,7 +107,7 @@ def main(arguments: list[str] | None = None) -> int:
     # What to train on, and how. Everything that can be refused is refused before the slow part.
     recipe = choose_recipe(args)
     out = args.out or default_place(args)
-    check_place(out, "run")
+    check_output_dir(out, "run")
     dataset = open_data(args, recipe)
     train_rows, validation_rows = split_off_validation(args, dataset, recipe)
     num_train = len(train_rows)
@@ -130,7 +130,7 @@ def main(arguments: list[str] | None = None) -> int:
         f"{args.model}, {millions(cost.parameters)} parameters, on {shorten(args.dataset, 200)} "
         f"({'streamed' if isinstance(dataset, StreamedDataset) else 'in memory'}): "
         f"{len(dataset.class_names)} classes, {num_train:,} images of {height}x{width}x{channels} "
-        f"to train, {validation}{number(dataset.test):,} to test; recipe {recipe.name}, "
+        f"to train, {validation}{num_images(dataset.test):,} to test; recipe {recipe.name}, "
         f"{total_steps:,} updates of {recipe.batch_size} images",
         soft_wrap=True,
     )
@@ -145,15 +145,13 @@ def main(arguments: list[str] | None = None) -> int:
         open_run(out, config),
         contextlib.ExitStack() as stack,
     ):
-        program = make_program(
-            args, dataset, recipe, preprocess, model, train_rows, validation_rows
-        )
+        setup = make_program(args, dataset, recipe, preprocess, model, train_rows, validation_rows)
         write = None
         if args.tensorboard:
             write = stack.enter_context(open_tensorboard(out))
         progress = stack.enter_context(StudyProgress(console, 0, 1, float(cost.work)))
         run = progress.start_run(
-            name, cost.work, total_steps, program.steps_per_epoch, recipe.batch_size
+            name, cost.work, total_steps, setup.steps_per_epoch, recipe.batch_size
         )
 
         def on_progress(now: Progress) -> None:
@@ -163,7 +161,7 @@ def main(arguments: list[str] | None = None) -> int:
                 write(now.rows)
 
         result = train_run(
-            program,
+            setup,
             args.seed,
             out,
             on_progress,
@@ -182,7 +180,7 @@ def main(arguments: list[str] | None = None) -> int:
         with Checkpoints(out, read_only=True, name="best") as best:
             run.end(f"{name}: {describe(result, best.step)}")
     if interruption.signal is not None and result.status == "unfinished":
-        interruption.say_how_to_continue()
+        interruption.print_resume_hint()
         return interruption.exit_status
     console.print(f"figure: {out / 'errors.png'}", soft_wrap=True)
     console.print(f"use it: python experiments/evaluate.py {shlex.quote(str(out))}", soft_wrap=True)
@@ -223,7 +221,7 @@ def split_off_validation(
     args: argparse.Namespace, dataset: Dataset | StreamedDataset, recipe: Recipe
 ) -> tuple[Any, Any]:
     """Rows of the training images to train on, and those to validate with."""
-    labels, images = dataset.train.labels, number(dataset.train)
+    labels, images = dataset.train.labels, num_images(dataset.train)
     count = args.validation or 0
     if args.validation is None and (recipe.schedule == "plateau" or args.patience is not None):
         count = images // 10
@@ -234,7 +232,7 @@ def split_off_validation(
     return hold_out(images if labels is None else labels, count)
 
 
-def number(split: Any) -> int:
+def num_images(split: Any) -> int:
     """Of images."""
     return len(split.labels) if isinstance(split, Split) else len(split)
 
@@ -247,7 +245,7 @@ def make_program(
     model: nn.Module,
     train_rows: Any,
     validation_rows: Any,
-) -> Program:
+) -> TrainSetup:
     """The data on their way to the devices, and the steps."""
     mesh = data_mesh()
     more: dict[str, Any] = {
@@ -259,7 +257,7 @@ def make_program(
         splits = {"test": dataset.test}
         if len(validation_rows):
             splits = {"validation": Subset(dataset.train, validation_rows), **splits}
-        return Program.stream(
+        return TrainSetup.stream(
             model,
             args.depth,
             recipe,
@@ -278,7 +276,7 @@ def make_program(
     if len(validation_rows):
         held_out = Split(*(array[validation_rows] for array in dataset.train))
         splits = {"validation": held_out, **splits}
-    return Program.create(model, args.depth, recipe, part, mesh, splits, **more)
+    return TrainSetup.create(model, args.depth, recipe, part, mesh, splits, **more)
 
 
 def choose_preprocess(
@@ -484,7 +482,7 @@ def plan_run(
             "streamed": streamed,
             "train_examples": num_train,
             "validation_examples": num_validation,
-            "test_examples": number(dataset.test),
+            "test_examples": num_images(dataset.test),
             "sha256": dataset.fingerprint(),
         },
         "augmentation": asdict(augmentation),
@@ -585,8 +583,8 @@ def begin_from(
 
     def fitted(params: Any, stats: Any) -> tuple[Any, Any]:
         return (
-            take(params, weights["params"], start.keeps_head, args.init_from),
-            take(stats, weights.get("batch_stats", {}), True, args.init_from),
+            require_matching_params(params, weights["params"], start.keeps_head, args.init_from),
+            require_matching_params(stats, weights.get("batch_stats", {}), True, args.init_from),
         )
 
     def begin(state: TrainState) -> TrainState:
@@ -600,7 +598,7 @@ def begin_from(
     return begin
 
 
-def take(own: Any, other: Any, keeps_head: bool, path: Path) -> Any:
+def require_matching_params(own: Any, other: Any, keeps_head: bool, path: Path) -> Any:
     """`own` with the arrays of `other`, which must be of the same names and shapes; but for those
     of the head where that is new."""
     if not keeps_head:
@@ -622,7 +620,7 @@ def take(own: Any, other: Any, keeps_head: bool, path: Path) -> Any:
 @contextlib.contextmanager
 def open_run(out: Path, config: dict[str, Any]) -> Iterator[None]:
     """Make `out` the directory of this run, and this process the only one that writes to it."""
-    with explained(out / "config.json", 0):
+    with storage_errors(out / "config.json", 0):
         out.mkdir(parents=True, exist_ok=True)
     with lock_directory(out):
         check_run(out, config)

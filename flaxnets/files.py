@@ -24,7 +24,7 @@ def write_atomic(path: Path, content: str | bytes) -> None:
     """
     data = content.encode() if isinstance(content, str) else content
     temporary = path.with_name(f".{path.name}.tmp")
-    with explained(path, len(data)):
+    with storage_errors(path, len(data)):
         if path.is_dir():
             raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
         try:
@@ -51,7 +51,7 @@ def set_aside(path: Path, suffix: str) -> Path:
 
 
 @contextmanager
-def explained(path: Path, size: int) -> Iterator[None]:
+def storage_errors(path: Path, size: int) -> Iterator[None]:
     """Turn any failure to write `size` bytes at `path` into one line that says what to do.
 
     Libraries report such failures in many ways (and hide the system's own error number in a text);

@@ -92,7 +92,7 @@ def is_primary() -> bool:
     return jax.process_index() == 0
 
 
-def greatest(number: int) -> int:
+def process_max(number: int) -> int:
     """The greatest `number` of all processes, which must ask together."""
     if jax.process_count() == 1:
         return number
@@ -104,7 +104,7 @@ def gather_texts(text: str) -> list[str]:
     if jax.process_count() == 1:
         return [text]
     data = np.frombuffer(text.encode(), np.uint8)
-    padded = np.zeros(greatest(len(data)) + 4, np.uint8)
+    padded = np.zeros(process_max(len(data)) + 4, np.uint8)
     padded[:4] = np.frombuffer(np.uint32(len(data)).tobytes(), np.uint8)
     padded[4 : 4 + len(data)] = data
     rows = multihost_utils.process_allgather(padded)
@@ -112,7 +112,7 @@ def gather_texts(text: str) -> list[str]:
 
 
 @contextmanager
-def refused_together() -> Iterator[None]:
+def raise_on_all_processes() -> Iterator[None]:
     """What one process refuses, all refuse. Inside, no process may wait for another."""
     message = ""
     try:

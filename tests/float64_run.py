@@ -21,7 +21,14 @@ import flaxnets
 from flaxnets.cli.arguments import process_group
 from flaxnets.data import Augmentation, Dataset, Preprocess, Split
 from flaxnets.parallel import data_mesh, is_primary, start_processes
-from flaxnets.training import CheckpointEvery, Checkpoints, Program, Recipe, create_state, train_run
+from flaxnets.training import (
+    CheckpointEvery,
+    Checkpoints,
+    Recipe,
+    TrainSetup,
+    create_state,
+    train_run,
+)
 
 directory, stop_at = Path(sys.argv[1]), int(sys.argv[2])
 if len(sys.argv) > 3:
@@ -42,7 +49,7 @@ dataset = Dataset(
 )
 recipe = Recipe("made", learning_rate=0.1, batch_size=16, steps=20)
 model = flaxnets.create_model("cifar_resnet8", dtype=jnp.float64, param_dtype=jnp.float64)
-program = Program.create(model, 8, recipe, dataset, data_mesh())
+setup = TrainSetup.create(model, 8, recipe, dataset, data_mesh())
 step = [0]
 
 
@@ -51,10 +58,10 @@ def on_progress(progress):
 
 
 result = train_run(
-    program, 0, directory, on_progress, lambda: stop_at <= step[0] < 20, CheckpointEvery(steps=3)
+    setup, 0, directory, on_progress, lambda: stop_at <= step[0] < 20, CheckpointEvery(steps=3)
 )
 print(f"{jax.process_count()} processes, {jax.device_count()} devices: {result.status}")
-like = create_state(model, program.optimizer, 0, (8, 8, 3), program.mesh)
+like = create_state(model, setup.optimizer, 0, (8, 8, 3), setup.mesh)
 with Checkpoints(directory, read_only=True) as checkpoints:
     state = checkpoints.restore(like)
 assert state.params["conv1"]["kernel"].dtype == jnp.float64

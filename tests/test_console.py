@@ -14,7 +14,7 @@ from flaxnets.cli.arguments import ArgumentParser
 from flaxnets.cli.main import run_command
 from flaxnets.cli.progress import StudyProgress, plain_console
 from flaxnets.errors import InputError
-from flaxnets.studies.study import check_place, lock_directory
+from flaxnets.studies.study import check_output_dir, lock_directory
 from flaxnets.text import duration
 from flaxnets.training import Progress
 from tests.studies import COMMAND, ROOT
@@ -81,7 +81,7 @@ def test_an_encoding_without_a_character(tmp_path):
 
 def test_a_path_that_is_not_utf8(tmp_path):
     with pytest.raises(InputError, match="need a path in UTF-8; give another directory"):
-        check_place(tmp_path / os.fsdecode(b"na\xefve"))
+        check_output_dir(tmp_path / os.fsdecode(b"na\xefve"))
 
 
 def test_a_lock_that_is_not_utf8(tmp_path):

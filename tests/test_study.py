@@ -18,7 +18,7 @@ from flaxnets.reporting.tables import results_table
 from flaxnets.studies.study import (
     SUMMARY,
     Run,
-    check_place,
+    check_output_dir,
     check_study,
     group_runs,
     open_study,
@@ -186,7 +186,7 @@ def test_free_names_are_free(tmp_path):
         (tmp_path / name).mkdir()
         (tmp_path / name / "thesis.tex").touch()
     with pytest.raises(InputError, match="something that is not a study") as raised:
-        check_place(tmp_path / "s")
+        check_output_dir(tmp_path / "s")
     assert str(raised.value).endswith("s-3")
 
 
@@ -194,22 +194,22 @@ def test_a_file_is_no_directory(tmp_path):
     (tmp_path / "file").touch()
     for out in ("file", "file/below"):
         with pytest.raises(InputError, match="is a file"):
-            check_place(tmp_path / out)
+            check_output_dir(tmp_path / out)
 
 
 def test_paths_that_cannot_be(tmp_path):
     with pytest.raises(InputError, match="too long"):
-        check_place(tmp_path / ("x" * 300))
+        check_output_dir(tmp_path / ("x" * 300))
     (tmp_path / "dangling").symlink_to(tmp_path / "nowhere")
     with pytest.raises(InputError, match="give a"):
-        check_place(tmp_path / "dangling")
+        check_output_dir(tmp_path / "dangling")
 
 
 def test_a_directory_that_cannot_be_written(tmp_path, monkeypatch):
     # Asked of the system, because root may write anywhere.
     monkeypatch.setattr(os, "access", lambda path, mode: Path(path) != tmp_path)
     with pytest.raises(InputError, match="cannot be written"):
-        check_place(tmp_path / "out")
+        check_output_dir(tmp_path / "out")
 
 
 def test_one_process_at_a_time(tmp_path):

@@ -9,7 +9,7 @@ from typing import Any
 
 import jax
 
-from flaxnets.parallel import greatest
+from flaxnets.parallel import process_max
 
 QUESTIONS_BETWEEN_AGREEMENTS = 10
 
@@ -38,7 +38,7 @@ class Interruption:
             self._agreed = self.signal
         elif self._agreed is None:
             if self._asked % QUESTIONS_BETWEEN_AGREEMENTS == 0:
-                self._agreed = greatest(self.signal or 0) or None
+                self._agreed = process_max(self.signal or 0) or None
             self._asked += 1
         return self._agreed is not None
 
@@ -47,7 +47,7 @@ class Interruption:
         """130 after SIGINT, 143 after SIGTERM."""
         return 128 + (self._agreed or 0)
 
-    def say_how_to_continue(self) -> None:
+    def print_resume_hint(self) -> None:
         """The last words of work that was stopped."""
         print(f"stopped and saved; continue with: {self._command}", file=sys.stderr, flush=True)
 
@@ -79,7 +79,7 @@ class Interruption:
             self.signal = data[0]
             if not leave and not self.unsaved and jax.process_count() == 1:
                 leave = True
-                self.say_how_to_continue()
+                self.print_resume_hint()
             if leave:
                 with contextlib.suppress(OSError):  # a terminal may vanish at any time
                     if sys.stdout.isatty():

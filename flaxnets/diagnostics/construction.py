@@ -34,7 +34,7 @@ from flaxnets.reporting.figures import (
     style_axes,
     write_png_and_svg,
 )
-from flaxnets.training import Program, Recipe, RunResult, TrainState, train_run
+from flaxnets.training import Recipe, RunResult, TrainSetup, TrainState, train_run
 from flaxnets.training.evaluation import compute_logits
 from flaxnets.training.loop import EVAL_BATCH
 
@@ -297,12 +297,12 @@ def continue_training(
     recipe = replace(recipe, epochs=epochs, steps=None)
     mesh = data_mesh()
     model: Any = deep.restored.model
-    program = Program.create(model, deep.run.depth, recipe, study.dataset, mesh)
+    setup = TrainSetup.create(model, deep.run.depth, recipe, study.dataset, mesh)
     name, seed = f"{deep.name}-from-{shallow.name}", deep.run.seed
     config = {
         **deep.run.config,
         "recipe": asdict(recipe),
-        "total_steps": program.total_steps,
+        "total_steps": setup.total_steps,
         "init_from": {
             "run": shallow.name,
             "step": shallow.restored.step,
@@ -313,14 +313,14 @@ def continue_training(
     def begin(state: TrainState) -> TrainState:
         return state.replace(**replicate(variables, mesh))
 
-    work = count_cost(deep.model, program.image_shape, study.dataset.num_classes).work
+    work = count_cost(deep.model, setup.image_shape, study.dataset.num_classes).work
     plan = TrainingPlan(
-        name, float(work), program.total_steps, program.steps_per_epoch, recipe.batch_size
+        name, float(work), setup.total_steps, setup.steps_per_epoch, recipe.batch_size
     )
     run = f"{epochs}-epochs-{len(study.train.labels)}-images-seed-{seed}"
     with options.watch(plan) as on_progress:
         return train_run(
-            program,
+            setup,
             seed,
             study.out / name / run,
             on_progress,

@@ -28,8 +28,8 @@ from typing import Any, Literal
 import jax
 
 from flaxnets.errors import DamageWarning, InputError
-from flaxnets.files import explained, set_aside, write_atomic
-from flaxnets.parallel import gather_texts, is_primary, refused_together
+from flaxnets.files import set_aside, storage_errors, write_atomic
+from flaxnets.parallel import gather_texts, is_primary, raise_on_all_processes
 from flaxnets.studies.config import check_config
 from flaxnets.training.checkpoints import Checkpoints, comparable, read_newest
 from flaxnets.training.loop import RunResult, write_metrics
@@ -118,7 +118,7 @@ def run_directory(out: Path, kind: str, depth: int, seed: int) -> Path:
     return out / f"{kind}-{depth}" / f"seed-{seed}"
 
 
-def check_place(out: Path, what: Literal["study", "run"] = "study") -> None:
+def check_output_dir(out: Path, what: Literal["study", "run"] = "study") -> None:
     """Refuse, without writing anything, an `out` that can hold no study, or no run, at all.
 
     Raises:
@@ -170,7 +170,7 @@ def check_study(
     """
     definition, *configs = json.loads(json.dumps([definition, *configs]))
     planned = {run_directory(out, *run_key(config)) for config in configs}
-    with refused_together():
+    with raise_on_all_processes():
         runs = read_runs(out, planned) if is_primary() else []
     if jax.process_count() > 1:
         # One reads for all: a file that only some could read would set them apart.
@@ -291,14 +291,14 @@ def open_study(
       All runs that are there.
 
     Raises:
-      InputError: as `check_place` and `check_study`, or another process is working on it.
+      InputError: as `check_output_dir` and `check_study`, or another process is working on it.
       StorageError: nothing can be written there.
     """
     with ExitStack() as stack:
-        with refused_together():
-            check_place(out)
+        with raise_on_all_processes():
+            check_output_dir(out)
             if is_primary():
-                with explained(out / "study.json", 0):
+                with storage_errors(out / "study.json", 0):
                     out.mkdir(parents=True, exist_ok=True)
                 stack.enter_context(lock_directory(out))
         _check_shared(out)
@@ -339,7 +339,7 @@ def lock_directory(out: Path) -> Iterator[None]:
       InputError: another one does, or the file system has no locks.
     """
     path = out / ".lock"
-    with explained(path, 0):
+    with storage_errors(path, 0):
         number = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o666)
     with open(number, "r+b", buffering=0) as lock:
         try:
@@ -355,7 +355,7 @@ def lock_directory(out: Path) -> Iterator[None]:
                 f"--out {out} is on a file system without locks ({error.strerror}); "
                 "give a directory on another one"
             ) from error
-        with explained(path, 0):
+        with storage_errors(path, 0):
             lock.truncate(0)
             lock.write(_lock_text().encode())
         yield
@@ -364,7 +364,7 @@ def lock_directory(out: Path) -> Iterator[None]:
 def _check_shared(out: Path) -> None:
     """Refuse, in all processes, an `out` that is not the same directory for each."""
     holder = gather_texts(_lock_text())[0]
-    with refused_together():
+    with raise_on_all_processes():
         path = out / ".lock"
         if not path.is_file() or path.read_bytes() != holder.encode():
             raise InputError(
@@ -396,7 +396,7 @@ def begin_run(directory: Path, config: dict[str, Any]) -> None:
 def write_config(directory: Path, config: dict[str, Any]) -> None:
     """Write a run's `config.json`, in the primary process."""
     if is_primary():
-        with explained(directory, 0):
+        with storage_errors(directory, 0):
             # Not the study's directory too: if that is gone, so is what was in it.
             directory.parent.mkdir(exist_ok=True)
             directory.mkdir(exist_ok=True)

@@ -1,7 +1,7 @@
 """Recipes, train state, train and evaluation steps, the loop of one run, checkpoints."""
 
 from flaxnets.training.checkpoints import Checkpoints
-from flaxnets.training.loop import CheckpointEvery, Program, Progress, RunResult, train_run
+from flaxnets.training.loop import CheckpointEvery, Progress, RunResult, TrainSetup, train_run
 from flaxnets.training.recipes import RECIPES, Recipe
 from flaxnets.training.steps import (
     TrainState,
@@ -16,10 +16,10 @@ __all__ = [
     "RECIPES",
     "CheckpointEvery",
     "Checkpoints",
-    "Program",
     "Progress",
     "Recipe",
     "RunResult",
+    "TrainSetup",
     "TrainState",
     "create_state",
     "evaluate",

@@ -24,9 +24,9 @@ import jax
 import orbax.checkpoint as ocp
 
 from flaxnets.errors import DamageWarning, InputError, StorageError
-from flaxnets.files import explained, set_aside
+from flaxnets.files import set_aside, storage_errors
 from flaxnets.models.stacking import stack_blocks, unstack_blocks
-from flaxnets.parallel import greatest, is_primary
+from flaxnets.parallel import is_primary, process_max
 from flaxnets.training.manifest import MANIFEST, find_damage, write_manifest
 from flaxnets.training.steps import TrainState
 
@@ -72,14 +72,14 @@ class Checkpoints:
             self.step, self.damage = self._find_newest_at_rest()
             return
         if is_primary():
-            with explained(self.directory, 0):
+            with storage_errors(self.directory, 0):
                 self.directory.mkdir(parents=True, exist_ok=True)
                 self._recover()
                 self.step, self.damage = self._find_newest()
                 self._clean_up()
             self._handle = os.open(self.directory, os.O_RDONLY)
         # All processes go on from the same one.
-        step = greatest(-1 if self.step is None else self.step)
+        step = process_max(-1 if self.step is None else self.step)
         self.step = None if step < 0 else step
 
     def __enter__(self) -> "Checkpoints":
@@ -138,7 +138,7 @@ class Checkpoints:
         size = OVERHEAD + sum(leaf.nbytes for leaf in jax.tree.leaves(state))
         ORBAX_AT_WORK.acquire()
         try:
-            with self._explained(path, size):
+            with self._storage_errors(path, size):
                 if self._is_gone():  # Orbax would make it anew
                     raise FileNotFoundError
                 # Stopped before its epoch was measured, and gone on from there: it has grown.
@@ -168,7 +168,7 @@ class Checkpoints:
     def _complete(self, path: Path, size: int) -> None:
         """Once Orbax has written `path`, make it a checkpoint and remove what it replaces."""
         try:
-            with self._explained(path, size):
+            with self._storage_errors(path, size):
                 self._checkpointer.wait_until_finished()
                 if is_primary():
                     write_manifest(path)
@@ -183,9 +183,9 @@ class Checkpoints:
             raise
 
     @contextmanager
-    def _explained(self, path: Path, size: int) -> Iterator[None]:
+    def _storage_errors(self, path: Path, size: int) -> Iterator[None]:
         try:
-            with explained(path, size):
+            with storage_errors(path, size):
                 yield
         except Exception as error:
             if not self._is_gone():

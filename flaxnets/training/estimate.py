@@ -9,7 +9,7 @@ import flax.linen as nn
 
 from flaxnets.data.datasets import Dataset
 from flaxnets.parallel import data_mesh
-from flaxnets.training.loop import Program
+from flaxnets.training.loop import TrainSetup
 from flaxnets.training.recipes import Recipe
 from flaxnets.training.steps import create_state
 
@@ -38,14 +38,14 @@ def measure(
 ) -> Probe:
     """Time the first train steps of `model`, on every device."""
     start = time.perf_counter()
-    program = Program.create(
+    setup = TrainSetup.create(
         model, 0, replace(recipe, steps=1 + steps, epochs=None), dataset, data_mesh()
     )
-    state = create_state(model, program.optimizer, 0, program.image_shape, program.mesh)
+    state = create_state(model, setup.optimizer, 0, setup.image_shape, setup.mesh)
     times = []
-    batches = program.feed(state.key, 0)
+    batches = setup.feed(state.key, 0)
     for _ in range(1 + steps):
-        state, loss = program.train_step(state, *next(batches))
+        state, loss = setup.train_step(state, *next(batches))
         loss.block_until_ready()
         times.append(time.perf_counter())
     return Probe(depth, work, times[0] - start, (times[-1] - times[0]) / steps)

@@ -24,7 +24,7 @@ from flaxnets.data.datasets import Dataset, Split, refuse_nothing_to_learn
 from flaxnets.data.stream import TrainStream, eval_batches
 from flaxnets.errors import DamageWarning, FallbackWarning, InputError, StorageError
 from flaxnets.files import write_atomic
-from flaxnets.parallel import greatest, is_primary, replicate, split_batch
+from flaxnets.parallel import is_primary, process_max, replicate, split_batch
 from flaxnets.training.checkpoints import Checkpoints, comparable
 from flaxnets.training.environment import describe_change, record_environment
 from flaxnets.training.recipes import Recipe, observe_plateau, plateau_scale
@@ -72,11 +72,11 @@ class CheckpointEvery:
         if jax.process_count() == 1:
             return seconds > self.seconds
         # Clocks differ, and asking the others takes time.
-        return step % STEPS_BETWEEN_AGREEMENTS == 0 and bool(greatest(seconds > self.seconds))
+        return step % STEPS_BETWEEN_AGREEMENTS == 0 and bool(process_max(seconds > self.seconds))
 
 
 @dataclass(frozen=True)
-class Program:
+class TrainSetup:
     """What all seeds of one network share: the data and the compiled steps.
 
     Attributes:
@@ -115,7 +115,7 @@ class Program:
         optimizer: optax.GradientTransformation | None = None,
         frozen: bool = False,
         patience: int | None = None,
-    ) -> "Program":
+    ) -> "TrainSetup":
         """Put `dataset` on the devices of `mesh` and make the steps that train `model` on it.
 
         Args:
@@ -174,7 +174,7 @@ class Program:
         frozen: bool = False,
         patience: int | None = None,
         skip_unreadable: bool = False,
-    ) -> "Program":
+    ) -> "TrainSetup":
         """The same for pictures that are read anew each time.
 
         Args:
@@ -256,7 +256,7 @@ def _shared(
     mesh: Mesh,
     optimizer: optax.GradientTransformation | None,
 ) -> dict[str, Any]:
-    """What a `Program` has wherever its data are."""
+    """What a `TrainSetup` has wherever its data are."""
     total_steps = recipe.total_steps(examples)
     return {
         "model": model,
@@ -362,7 +362,7 @@ def best_epoch(rows: list[dict[str, Any]]) -> int | None:
 
 
 def train_run(
-    program: Program,
+    setup: TrainSetup,
     seed: int,
     directory: Path,
     on_progress: Callable[[Progress], None] = lambda progress: None,
@@ -389,12 +389,12 @@ def train_run(
       StorageError: something cannot be written; the checkpoints from before are intact.
     """
     start = time.perf_counter()
-    state = create_state(program.model, program.optimizer, seed, program.image_shape, program.mesh)
+    state = create_state(setup.model, setup.optimizer, seed, setup.image_shape, setup.mesh)
     with ExitStack() as stack:
         checkpoints = stack.enter_context(Checkpoints(directory))
         checkpoints.warn_of_damage("the run starts anew")
         best: Checkpoints | None = None
-        if "validation" in program.splits:
+        if "validation" in setup.splits:
             best = stack.enter_context(Checkpoints(directory, name="best", kept=1))
         result = RunResult("unfinished", [], 0, 0.0, None)
         if checkpoints.step is None:
@@ -402,10 +402,10 @@ def train_run(
         else:
             if config is not None and comparable(checkpoints.read_config()) != comparable(config):
                 raise InputError(f"{directory} holds another run; move it away")
-            result = RunResult.from_json(checkpoints.read_progress(), program.columns)
+            result = RunResult.from_json(checkpoints.read_progress(), setup.columns)
             state = checkpoints.restore(state)
             # A crash may have come after the row of an epoch and before its checkpoint.
-            write_metrics(directory, result.rows, program.columns)
+            write_metrics(directory, result.rows, setup.columns)
         if best is not None:
             _check_best(best, result, config)
         if result.status != "unfinished":
@@ -414,8 +414,8 @@ def train_run(
 
         rows, step = list(result.rows), result.step
         earlier, last_save = result.seconds, time.perf_counter()
-        total, per_epoch = program.total_steps, program.steps_per_epoch
-        feed: Any = program.feed(state.key, step)
+        total, per_epoch = setup.total_steps, setup.steps_per_epoch
+        feed: Any = setup.feed(state.key, step)
         batches = stack.enter_context(closing(feed))
         in_flight: deque[jax.Array] = deque()
         status: Status = "unfinished"
@@ -433,12 +433,12 @@ def train_run(
         while True:
             ends_epoch = step > 0 and (step % per_epoch == 0 or step == total)
             if ends_epoch and (not rows or rows[-1]["step"] < step):
-                row = _measure_epoch(program, state, step, stop)
+                row = _measure_epoch(setup, state, step, stop)
                 if row is None:
                     break  # stopped in the middle; measured anew when the run goes on
                 rows.append({**row, "seconds": seconds()})
                 try:
-                    write_metrics(directory, rows, program.columns)
+                    write_metrics(directory, rows, setup.columns)
                 except StorageError:
                     checkpoints.wait()  # it needs more space, and says how much
                     raise
@@ -447,11 +447,11 @@ def train_run(
                 diverged_step = _diverged_step(state, row)
                 if diverged_step is not None:
                     status = "diverged"
-                elif step == total or _lost_patience(program, rows):
+                elif step == total or _lost_patience(setup, rows):
                     status = "finished"
-                elif program.plateau is not None:
+                elif setup.plateau is not None:
                     opt_state = observe_plateau(
-                        program.plateau, state.opt_state, row["validation_loss"]
+                        setup.plateau, state.opt_state, row["validation_loss"]
                     )
                     state = state.replace(opt_state=opt_state)
                 if best is not None and best_epoch(rows) == len(rows) - 1:
@@ -464,7 +464,7 @@ def train_run(
             if step > result.step and checkpoint_every.due(step, time.perf_counter() - last_save):
                 save(checkpoints)
                 last_save = time.perf_counter()
-            state, loss = program.train_step(state, *next(batches))
+            state, loss = setup.train_step(state, *next(batches))
             step += 1
             in_flight.append(loss)
             if len(in_flight) > IN_FLIGHT:
@@ -499,7 +499,7 @@ def _check_best(best: Checkpoints, result: RunResult, config: dict[str, Any] | N
         except InputError as error:
             reason = str(error)
         # Every process has read it before the primary one renames it.
-        if greatest(reason is not None):
+        if process_max(reason is not None):
             best.set_aside(reason or "its record is another run's")
     epoch = best_epoch(result.rows)
     if best.step is None and epoch is not None and is_primary():
@@ -550,27 +550,27 @@ def read_rows(checkpoints: Checkpoints) -> list[dict[str, Any]]:
     return RunResult.from_json(progress, columns).rows
 
 
-def _lost_patience(program: Program, rows: list[dict[str, Any]]) -> bool:
+def _lost_patience(setup: TrainSetup, rows: list[dict[str, Any]]) -> bool:
     """Whether too many epochs have passed since the best one."""
     best = best_epoch(rows)
     since = len(rows) if best is None else len(rows) - 1 - best
-    return program.patience is not None and since >= program.patience
+    return setup.patience is not None and since >= setup.patience
 
 
 def _measure_epoch(
-    program: Program, state: TrainState, step: int, stop: Callable[[], bool]
+    setup: TrainSetup, state: TrainState, step: int, stop: Callable[[], bool]
 ) -> dict[str, Any] | None:
     """A row of `metrics.csv` but for the seconds, or None if `stop()` became true."""
     running = jax.device_get(state.running)
-    rate = program.schedule(step - 1) * plateau_scale(state.opt_state)
+    rate = setup.schedule(step - 1) * plateau_scale(state.opt_state)
     row: dict[str, Any] = {
-        "epoch": -(-step // program.steps_per_epoch),
+        "epoch": -(-step // setup.steps_per_epoch),
         "step": step,
         "learning_rate": float(f"{rate:.6g}"),
         "running_train_loss": running.loss_sum.item() / running.examples.item(),
         "running_train_error": 100 * running.errors.item() / running.examples.item(),
     }
-    for name, evaluate_split in program.splits.items():
+    for name, evaluate_split in setup.splits.items():
         measured = evaluate_split(state.variables, stop)
         if measured is None:
             return None

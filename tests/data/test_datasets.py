@@ -15,7 +15,7 @@ from flaxnets.data import Split, load_dataset
 from flaxnets.data.datasets import channel_statistics, refuse_nothing_to_learn
 from flaxnets.data.stream import find_tfds_stream
 from flaxnets.parallel import data_mesh
-from flaxnets.training import RECIPES, Program
+from flaxnets.training import RECIPES, TrainSetup
 
 
 def make_dataset(directory, images, labels, name="made", features=None, **file_format):
@@ -227,7 +227,7 @@ def test_training_images_must_differ_and_be_of_two_classes(digits):
     same = replace(digits, train=Split(np.zeros_like(images), labels))
     model = flaxnets.create_model("cifar_resnet8")
     with pytest.raises(InputError, match="are the same"):
-        Program.create(model, 8, RECIPES["digits"], same, data_mesh())
+        TrainSetup.create(model, 8, RECIPES["digits"], same, data_mesh())
 
 
 def test_lost_examples_are_noticed(tmp_path):

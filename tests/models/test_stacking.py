@@ -15,7 +15,7 @@ from flaxnets.parallel import data_mesh
 from flaxnets.training import (
     RECIPES,
     Checkpoints,
-    Program,
+    TrainSetup,
     create_state,
     init_variables,
     train_run,
@@ -107,9 +107,9 @@ def test_runs_and_checkpoints(digits, tmp_path):
     model = flaxnets.create_model("cifar_resnet10", num_classes=10)
     states = []
     for name, each in (("one", model), ("scanned", model.clone(scan_blocks=True))):
-        program = Program.create(each, 10, recipe, digits, data_mesh())
-        train_run(program, 0, tmp_path / name)
-        state = create_state(model, program.optimizer, 0, program.image_shape, program.mesh)
+        setup = TrainSetup.create(each, 10, recipe, digits, data_mesh())
+        train_run(setup, 0, tmp_path / name)
+        state = create_state(model, setup.optimizer, 0, setup.image_shape, setup.mesh)
         with Checkpoints(tmp_path / name, read_only=True) as checkpoints:
             states.append(checkpoints.restore(state))
     ours, theirs = ({"params": s.params, "opt_state": s.opt_state} for s in states)
@@ -118,7 +118,7 @@ def test_runs_and_checkpoints(digits, tmp_path):
 
     # From the other's checkpoint, which is the end already.
     state = create_state(
-        model.clone(scan_blocks=True), program.optimizer, 0, program.image_shape, program.mesh
+        model.clone(scan_blocks=True), setup.optimizer, 0, setup.image_shape, setup.mesh
     )
     with Checkpoints(tmp_path / "one", read_only=True) as checkpoints:
         assert_same(unstack_blocks(checkpoints.restore(state)).params, states[0].params)

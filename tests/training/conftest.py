@@ -8,32 +8,32 @@ import pytest
 
 import flaxnets
 from flaxnets.parallel import data_mesh
-from flaxnets.training import RECIPES, Checkpoints, Program, create_state, train_run
+from flaxnets.training import RECIPES, Checkpoints, TrainSetup, create_state, train_run
 
 
 @pytest.fixture(scope="session")
-def program(digits):
+def setup(digits):
     """Two epochs and a half of the smallest network: 28 steps, 11 an epoch."""
     recipe = replace(RECIPES["digits"], epochs=None, steps=28)
-    return Program.create(
+    return TrainSetup.create(
         flaxnets.create_model("cifar_resnet8", num_classes=10), 8, recipe, digits, data_mesh()
     )
 
 
 @pytest.fixture(scope="session")
-def uninterrupted(program, tmp_path_factory):
+def uninterrupted(setup, tmp_path_factory):
     """Directory and result. Not to be changed."""
     directory = tmp_path_factory.mktemp("uninterrupted")
-    return directory, train_run(program, 0, directory)
+    return directory, train_run(setup, 0, directory)
 
 
 @pytest.fixture(scope="session")
-def assert_same_run(program, uninterrupted):
+def assert_same_run(setup, uninterrupted):
     """Assert that a run has ended bit for bit as the uninterrupted one: the whole state, and
     `metrics.csv` but for the seconds."""
 
     def final_state(directory):
-        state = create_state(program.model, program.optimizer, 0, program.image_shape, program.mesh)
+        state = create_state(setup.model, setup.optimizer, 0, setup.image_shape, setup.mesh)
         with Checkpoints(directory, read_only=True) as checkpoints:
             state = checkpoints.restore(state)
         return jax.tree.map(np.asarray, state.replace(key=jax.random.key_data(state.key)))

@@ -20,10 +20,10 @@ from tests.helpers import stop_at
 
 
 @pytest.fixture(scope="module")
-def stopped(program, tmp_path_factory):
+def stopped(setup, tmp_path_factory):
     """A run stopped at step 23 that has the checkpoints 20 and 23. Not to be changed."""
     directory = tmp_path_factory.mktemp("stopped")
-    train_run(program, 0, directory, *stop_at(23), CheckpointEvery(steps=5))
+    train_run(setup, 0, directory, *stop_at(23), CheckpointEvery(steps=5))
     return directory
 
 
@@ -137,25 +137,25 @@ def test_sha256sum_reads_the_manifest(run):
 
 
 @pytest.mark.parametrize("harm", [flip_a_bit, truncate, delete], ids=lambda f: f.__name__)
-def test_training_goes_on_from_the_newest_good_one(program, assert_same_run, run, harm):
+def test_training_goes_on_from_the_newest_good_one(setup, assert_same_run, run, harm):
     arrays = max(files(run / "checkpoints" / "23"), key=lambda path: path.stat().st_size)
     harm(arrays, np.random.RandomState(1))
     assert newest(run)[0] == 20
     with pytest.warns(DamageWarning, match=rf"checkpoint 23 .*{arrays.name}.*checkpoint 20 is use"):
-        result = train_run(program, 0, run)
+        result = train_run(setup, 0, run)
     assert result.status == "finished"
     assert_same_run(run)
 
 
-def test_nothing_good_is_a_start_from_the_seed(program, assert_same_run, run):
+def test_nothing_good_is_a_start_from_the_seed(setup, assert_same_run, run):
     for step in (20, 23):
         (run / "checkpoints" / str(step) / "training" / "_METADATA").unlink()
     with pytest.warns(DamageWarning, match="the run starts anew"):
-        train_run(program, 0, run)
+        train_run(setup, 0, run)
     assert_same_run(run)
 
 
-def test_what_a_crash_leaves_is_no_checkpoint(program, assert_same_run, run):
+def test_what_a_crash_leaves_is_no_checkpoint(setup, assert_same_run, run):
     """An empty directory, one that was not completed, one half removed, one being written."""
     checkpoints = run / "checkpoints"
     (checkpoints / "27").mkdir()
@@ -169,14 +169,14 @@ def test_what_a_crash_leaves_is_no_checkpoint(program, assert_same_run, run):
     assert "checkpoint 27" in damage
     assert f"checkpoint 26 of {run} is damaged (it has no {MANIFEST}" in damage
     with pytest.warns(DamageWarning, match="checkpoint 23 is used"):
-        train_run(program, 0, run)
+        train_run(setup, 0, run)
     assert_same_run(run)
     names = {path.name for path in checkpoints.iterdir()}
     assert names == {"23", "28", "notes.txt"}
 
 
 def test_a_checkpoint_that_finds_no_space_leaves_none_behind(
-    program, assert_same_run, run, monkeypatch
+    setup, assert_same_run, run, monkeypatch
 ):
     """Not even one that is whole but for its manifest; those from before stay."""
 
@@ -187,18 +187,18 @@ def test_a_checkpoint_that_finds_no_space_leaves_none_behind(
     with pytest.raises(
         StorageError, match=r"checkpoints/25 cannot be written: it needs about 0\.9"
     ):
-        train_run(program, 0, run, checkpoint_every=CheckpointEvery(steps=25))
+        train_run(setup, 0, run, checkpoint_every=CheckpointEvery(steps=25))
     monkeypatch.undo()
     assert sorted(path.name for path in (run / "checkpoints").iterdir()) == ["20", "23"]
-    train_run(program, 0, run)
+    train_run(setup, 0, run)
     assert_same_run(run)
 
 
 def test_replacing_a_checkpoint_keeps_it_until_the_new_one_is_whole(
-    program, assert_same_run, tmp_path, monkeypatch
+    setup, assert_same_run, tmp_path, monkeypatch
 ):
     """Stopped in the last step, before its epoch was measured: the same step is saved twice."""
-    train_run(program, 0, tmp_path, *stop_at(28))
+    train_run(setup, 0, tmp_path, *stop_at(28))
     assert newest(tmp_path) == (28, "")
 
     def fail(*_):
@@ -208,25 +208,25 @@ def test_replacing_a_checkpoint_keeps_it_until_the_new_one_is_whole(
         with monkeypatch.context() as patch:
             patch.setattr(f"flaxnets.training.checkpoints.{name}", fail)
             with pytest.raises(OSError, match="space"):
-                train_run(program, 0, tmp_path)
+                train_run(setup, 0, tmp_path)
         assert newest(tmp_path) == (28, "")
     # The moment between the two names, as a crash may leave it.
     (tmp_path / "checkpoints" / "28").rename(tmp_path / "checkpoints" / "28.replaced")
     seen = []
-    result = train_run(program, 0, tmp_path, seen.append)
+    result = train_run(setup, 0, tmp_path, seen.append)
     assert result.status == "finished"
     assert {progress.step for progress in seen} == {28}  # nothing was trained again
     assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["28"]
     assert_same_run(tmp_path)
 
 
-def test_damaged_checkpoints_are_set_aside_and_nothing_else_is_touched(program, run, tmp_path):
+def test_damaged_checkpoints_are_set_aside_and_nothing_else_is_touched(setup, run, tmp_path):
     checkpoints = run / "checkpoints"
     (checkpoints / "23" / "commit_success.txt").write_text("changed")
     (checkpoints / "2019").mkdir()
     (checkpoints / "2019" / "photo.jpg").write_text("mine")
     with pytest.warns(DamageWarning, match="checkpoint 20 is used"):
-        train_run(program, 0, run, stop=lambda: True)
+        train_run(setup, 0, run, stop=lambda: True)
     assert (checkpoints / "23.damaged" / "commit_success.txt").read_text() == "changed"
     assert (checkpoints / "2019" / "photo.jpg").exists()
     checkpoints.rename(tmp_path / "elsewhere")
@@ -236,17 +236,17 @@ def test_damaged_checkpoints_are_set_aside_and_nothing_else_is_touched(program, 
             Checkpoints(run, read_only=read_only)
 
 
-def test_the_run_of_another_config_is_refused(program, tmp_path):
-    train_run(program, 0, tmp_path, *stop_at(1), config={"seed": 0})
+def test_the_run_of_another_config_is_refused(setup, tmp_path):
+    train_run(setup, 0, tmp_path, *stop_at(1), config={"seed": 0})
     with pytest.raises(InputError, match="holds another run; move it away"):
-        train_run(program, 1, tmp_path, config={"seed": 1})
+        train_run(setup, 1, tmp_path, config={"seed": 1})
 
 
-def test_metrics_are_those_of_the_checkpoint(program, run):
+def test_metrics_are_those_of_the_checkpoint(setup, run):
     """A crash may come between the two; the rows are those up to the checkpoint again."""
     rows = (run / "metrics.csv").read_text()
     (run / "metrics.csv").write_text(rows + "99,999,0,0,0,0,0,0,0,0\n1,1\0")
-    train_run(program, 0, run, stop=lambda: True)
+    train_run(setup, 0, run, stop=lambda: True)
     assert (run / "metrics.csv").read_text() == rows
 
 
@@ -297,7 +297,7 @@ def test_a_run_that_is_being_saved_is_read_without_false_alarms(writer):
         assert progress == {"step": step}
 
 
-def test_another_number_of_cores_is_said_when_a_run_is_resumed(program, run, monkeypatch):
+def test_another_number_of_cores_is_said_when_a_run_is_resumed(setup, run, monkeypatch):
     """It changes the last bits; a run from before that was recorded is resumed without a word."""
     (before,) = Checkpoints(run, read_only=True).read_environments()
     cores = before["cpu_cores"]
@@ -305,7 +305,7 @@ def test_another_number_of_cores_is_said_when_a_run_is_resumed(program, run, mon
         patch.setattr(os, "sched_getaffinity", lambda _: set(range(cores + 1)))
         message = f"cpu_cores was {cores} and is {cores + 1}: it will not end bit for bit as if"
         with pytest.warns(FallbackWarning, match=message):
-            train_run(program, 0, run, *stop_at(24))
+            train_run(setup, 0, run, *stop_at(24))
     both = Checkpoints(run, read_only=True).read_environments()
     assert both == [before, {**before, "cpu_cores": cores + 1}]
     for step in ("23", "24"):
@@ -314,4 +314,4 @@ def test_another_number_of_cores_is_said_when_a_run_is_resumed(program, run, mon
         write_manifest(run / "checkpoints" / step)
     with warnings.catch_warnings():
         warnings.simplefilter("error", FallbackWarning)
-        train_run(program, 0, run, *stop_at(25))
+        train_run(setup, 0, run, *stop_at(25))

@@ -10,8 +10,8 @@ from flaxnets.training import (
     RECIPES,
     CheckpointEvery,
     Checkpoints,
-    Program,
     RunResult,
+    TrainSetup,
     create_state,
     train_run,
 )
@@ -43,73 +43,73 @@ def test_a_run_writes_a_row_an_epoch(uninterrupted):
     assert stored == result
 
 
-def test_the_same_seed_gives_the_same_run(program, uninterrupted, tmp_path):
-    train_run(program, 0, tmp_path)
+def test_the_same_seed_gives_the_same_run(setup, uninterrupted, tmp_path):
+    train_run(setup, 0, tmp_path)
     assert metrics(tmp_path) == metrics(uninterrupted[0])
-    train_run(program, 1, tmp_path / "other")
+    train_run(setup, 1, tmp_path / "other")
     assert metrics(tmp_path / "other") != metrics(uninterrupted[0])
 
 
 @pytest.mark.parametrize("stops", [[5], [11], [1, 22, 25], [28]])
-def test_a_resumed_run_is_the_uninterrupted_one(program, assert_same_run, tmp_path, stops):
+def test_a_resumed_run_is_the_uninterrupted_one(setup, assert_same_run, tmp_path, stops):
     """Stopped in the middle of an epoch, while one is measured, in the very last step."""
     for at in stops:
-        result = train_run(program, 0, tmp_path, *stop_at(at))
+        result = train_run(setup, 0, tmp_path, *stop_at(at))
         assert (result.status, result.step) == ("unfinished", at)
         assert read_result(tmp_path).status == "unfinished"
-    result = train_run(program, 0, tmp_path)
+    result = train_run(setup, 0, tmp_path)
     assert result.status == "finished"
     assert_same_run(tmp_path)
     assert read_result(tmp_path).status == "finished"
 
 
-def test_stopped_between_two_epochs(program, assert_same_run, tmp_path):
+def test_stopped_between_two_epochs(setup, assert_same_run, tmp_path):
     seen = []
     stop = lambda: bool(seen and seen[-1].rows)  # noqa: E731
-    result = train_run(program, 0, tmp_path, seen.append, stop)
+    result = train_run(setup, 0, tmp_path, seen.append, stop)
     assert (result.status, result.step, len(result.rows)) == ("unfinished", 11, 1)
-    train_run(program, 0, tmp_path)
+    train_run(setup, 0, tmp_path)
     assert_same_run(tmp_path)
 
 
-def test_a_finished_run_is_not_trained_again(program, uninterrupted):
+def test_a_finished_run_is_not_trained_again(setup, uninterrupted):
     directory, result = uninterrupted
     seen = []
-    again = train_run(program, 0, directory, seen.append)
+    again = train_run(setup, 0, directory, seen.append)
     assert again == result
     assert not seen
 
 
-def test_a_saved_state_is_that_of_its_step(program, assert_same_run, tmp_path):
+def test_a_saved_state_is_that_of_its_step(setup, assert_same_run, tmp_path):
     """Saving copies: the next steps, which reuse the memory, leave a checkpoint alone."""
-    train_run(program, 0, tmp_path, *stop_at(6), CheckpointEvery(steps=1))
+    train_run(setup, 0, tmp_path, *stop_at(6), CheckpointEvery(steps=1))
     kept = sorted(int(path.name) for path in (tmp_path / "checkpoints").iterdir())
     assert kept == [5, 6]
     (tmp_path / "checkpoints" / "6").rename(tmp_path / "moved-away")
-    train_run(program, 0, tmp_path)
+    train_run(setup, 0, tmp_path)
     assert_same_run(tmp_path)
 
 
 def test_divergence_ends_the_run_with_a_record(digits, tmp_path):
     recipe = replace(RECIPES["digits"], learning_rate=1e30)
     model = flaxnets.create_model("cifar_resnet8", num_classes=10)
-    program = Program.create(model, 8, recipe, digits, data_mesh())
-    result = train_run(program, 0, tmp_path)
+    setup = TrainSetup.create(model, 8, recipe, digits, data_mesh())
+    result = train_run(setup, 0, tmp_path)
     assert result.status == "diverged"
     assert result.diverged_step is not None
     assert 1 < result.diverged_step <= 11
     assert result.step == 11  # found when the epoch is measured
     assert read_result(tmp_path) is not None
     seen = []
-    again = train_run(program, 0, tmp_path, seen.append)
+    again = train_run(setup, 0, tmp_path, seen.append)
     assert (again.status, again.diverged_step) == ("diverged", result.diverged_step)
     assert not seen
 
 
-def with_nan(program, directory, step):
+def with_nan(setup, directory, step):
     """A run stopped at `step`, a kernel of which is then NaN, in a directory of its own."""
-    train_run(program, 0, directory / "good", *stop_at(step))
-    state = create_state(program.model, program.optimizer, 0, program.image_shape, program.mesh)
+    train_run(setup, 0, directory / "good", *stop_at(step))
+    state = create_state(setup.model, setup.optimizer, 0, setup.image_shape, setup.mesh)
     with Checkpoints(directory / "good") as checkpoints:
         state, progress = checkpoints.restore(state), checkpoints.read_progress()
     state.params["stage2_block1"]["conv1"]["kernel"] *= np.nan
@@ -118,19 +118,19 @@ def with_nan(program, directory, step):
     return directory / "bad"
 
 
-def test_nan_in_a_kernel_is_found_and_recorded(program, tmp_path):
-    result = train_run(program, 0, with_nan(program, tmp_path, 3))
+def test_nan_in_a_kernel_is_found_and_recorded(setup, tmp_path):
+    result = train_run(setup, 0, with_nan(setup, tmp_path, 3))
     assert (result.status, result.diverged_step, result.step) == ("diverged", 4, 11)
 
 
-def test_a_diverged_run_stopped_before_it_was_found(program, tmp_path):
+def test_a_diverged_run_stopped_before_it_was_found(setup, tmp_path):
     """It ends as diverged all the same, at its first step, and is not trained again."""
-    directory = with_nan(program, tmp_path, 3)
-    assert train_run(program, 0, directory, *stop_at(7)).status == "unfinished"
-    result = train_run(program, 0, directory)
+    directory = with_nan(setup, tmp_path, 3)
+    assert train_run(setup, 0, directory, *stop_at(7)).status == "unfinished"
+    result = train_run(setup, 0, directory)
     assert (result.status, result.diverged_step, result.step) == ("diverged", 4, 11)
     seen = []
-    again = train_run(program, 0, directory, seen.append)
+    again = train_run(setup, 0, directory, seen.append)
     assert (again.status, again.diverged_step) == ("diverged", 4)
     assert not seen
 
