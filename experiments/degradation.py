@@ -66,20 +66,22 @@ from flaxnets.reporting.conclusion import conclude, count_seeds
 from flaxnets.reporting.figures import draw_errors
 from flaxnets.reporting.tables import blocks, differences_table, network_name, results_table
 from flaxnets.studies.config import DEEPEST, DTYPES
-from flaxnets.studies.restore import build_model
-from flaxnets.studies.study import (
-    Run,
+from flaxnets.studies.directory import (
     begin_run,
     check_output_dir,
     check_processes_agree,
+    run_directory,
+    run_key,
+    write_study,
+)
+from flaxnets.studies.restore import build_model
+from flaxnets.studies.study import (
+    Run,
     check_study,
     curves,
     group_runs,
     open_study,
-    run_directory,
-    run_key,
     sort_runs,
-    write_study,
     write_summary,
 )
 from flaxnets.text import duration, millions, plural

@@ -55,8 +55,9 @@ from flaxnets.models.resnet import ResNet
 from flaxnets.parallel import data_mesh, replicate
 from flaxnets.reporting.html_report import parse_number
 from flaxnets.studies.config import DATASET_NAME
+from flaxnets.studies.directory import lock_directory, run_directory
 from flaxnets.studies.restore import restore
-from flaxnets.studies.study import Run, lock_directory, read_runs, run_directory
+from flaxnets.studies.study import Run, read_runs
 from flaxnets.text import duration
 from flaxnets.training import Progress
 

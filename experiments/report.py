@@ -27,7 +27,8 @@ from flaxnets.reporting.html_report import (
     read_environments,
     read_picture,
 )
-from flaxnets.studies.study import RUN_FILES, read_runs
+from flaxnets.studies.directory import RUN_FILES
+from flaxnets.studies.study import read_runs
 
 
 def main(arguments: list[str] | None = None) -> int:

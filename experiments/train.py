@@ -68,8 +68,8 @@ from flaxnets.models.resnet import ResNet
 from flaxnets.parallel import data_mesh, make_deterministic, replicate
 from flaxnets.reporting.figures import draw_run
 from flaxnets.studies.config import DEEPEST, DTYPES, check_config, is_network
+from flaxnets.studies.directory import begin_run, check_output_dir, check_run, lock_directory
 from flaxnets.studies.restore import preprocess_of, restore
-from flaxnets.studies.study import begin_run, check_output_dir, check_run, lock_directory
 from flaxnets.text import duration, millions, shorten
 from flaxnets.training import (
     RECIPES,

@@ -10,8 +10,9 @@ import jax
 import numpy as np
 
 from flaxnets.parallel import data_mesh
+from flaxnets.studies.directory import run_directory
 from flaxnets.studies.restore import build_model, preprocess_of
-from flaxnets.studies.study import read_runs, run_directory
+from flaxnets.studies.study import read_runs
 from flaxnets.training import Checkpoints, Recipe, create_state
 
 ROOT = Path(__file__).parents[1]

@@ -14,7 +14,7 @@ from flaxnets.cli.arguments import ArgumentParser
 from flaxnets.cli.main import run_command
 from flaxnets.cli.progress import StudyProgress, plain_console
 from flaxnets.errors import InputError
-from flaxnets.studies.study import check_output_dir, lock_directory
+from flaxnets.studies.directory import check_output_dir, lock_directory
 from flaxnets.text import duration
 from flaxnets.training import Progress
 from tests.studies import COMMAND, ROOT

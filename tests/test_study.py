@@ -15,15 +15,14 @@ from flaxnets import InputError, figures
 from flaxnets.errors import DamageWarning
 from flaxnets.reporting.figures import draw_errors, draw_run
 from flaxnets.reporting.tables import results_table
+from flaxnets.studies.directory import check_output_dir, write_study
 from flaxnets.studies.study import (
     SUMMARY,
     Run,
-    check_output_dir,
     check_study,
     group_runs,
     open_study,
     read_runs,
-    write_study,
     write_summary,
 )
 from flaxnets.training.environment import record_environment

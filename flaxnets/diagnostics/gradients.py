@@ -35,7 +35,7 @@ from flaxnets.files import write_atomic
 from flaxnets.models.resnet import ResNet
 from flaxnets.models.stacking import unscanned, unstack_blocks
 from flaxnets.parallel import data_mesh, is_primary, replicate
-from flaxnets.studies.study import run_directory
+from flaxnets.studies.directory import run_directory
 from flaxnets.training.steps import TrainState, cross_entropy, init_variables
 
 START, BARE, END = "at the start", "at the start, without BatchNorm", "at the end of training"

@@ -9,13 +9,9 @@ other files are for people to read; damaged, they are written anew.
 """
 
 import csv
-import fcntl
 import io
 import json
 import math
-import os
-import socket
-import stat
 import statistics
 import warnings
 from collections.abc import Container, Iterable, Iterator, Sequence
@@ -23,19 +19,33 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import jax
 
 from flaxnets.errors import DamageWarning, InputError
-from flaxnets.files import set_aside, storage_errors, write_atomic
+from flaxnets.files import storage_errors, write_atomic
 from flaxnets.parallel import gather_texts, is_primary, raise_on_all_processes
 from flaxnets.studies.config import check_config
-from flaxnets.training.checkpoints import Checkpoints, comparable, read_newest
+from flaxnets.studies.directory import (
+    check_output_dir,
+    check_shared,
+    find_runs,
+    list_differences,
+    lock_directory,
+    read_json,
+    read_study_file,
+    run_directory,
+    run_key,
+    set_foreign_aside,
+    suggest_free_name,
+    write_config,
+    write_study,
+)
+from flaxnets.training.checkpoints import Checkpoints, read_newest
 from flaxnets.training.loop import RunResult, write_metrics
 
 FINAL_METRICS: tuple[str, ...] = ("train_error", "test_error", "train_loss", "test_loss")
-RUN_FILES: tuple[str, ...] = ("config.json", "checkpoints")
 SUMMARY: tuple[str, ...] = (
     *("kind", "depth", "seed", "status", "parameters"),
     *FINAL_METRICS,
@@ -108,53 +118,6 @@ class Network:
         return f"{states.count('finished')} of {len(states)} ({others})"
 
 
-def run_key(config: dict[str, Any]) -> tuple[str, int, int]:
-    """Kind, depth and seed of a run's config."""
-    return config["kind"], config["depth"], config["seed"]
-
-
-def run_directory(out: Path, kind: str, depth: int, seed: int) -> Path:
-    """Where a study keeps one run."""
-    return out / f"{kind}-{depth}" / f"seed-{seed}"
-
-
-def check_output_dir(out: Path, what: Literal["study", "run"] = "study") -> None:
-    """Refuse, without writing anything, an `out` that can hold no study, or no run, at all.
-
-    Raises:
-      InputError: `out` is a file, cannot be written, or holds something else.
-    """
-    try:
-        str(out.absolute()).encode()
-    except UnicodeEncodeError as error:
-        raise InputError(
-            f"--out {out}: checkpoints need a path in UTF-8; give another directory"
-        ) from error
-    try:
-        existing = out
-        while not existing.exists() and existing != existing.parent:
-            existing = existing.parent
-        if out.is_symlink() and not out.exists():
-            raise InputError(f"--out {out} is a link that leads nowhere; give a directory")
-        if not existing.is_dir():
-            raise InputError(f"--out {out}: {existing} is a file; give a directory")
-        if not os.access(existing, os.W_OK | os.X_OK):
-            raise InputError(f"--out {out}: {existing} cannot be written; give another directory")
-        if what == "study":
-            known, mark = any(out.glob("study.json")) or any(_runs(out)), "study.json"
-        else:
-            known, mark = any((out / name).exists() for name in RUN_FILES), "config.json"
-        foreign = out.exists() and not known
-        # What a crash in the first moment leaves is hidden, and ours.
-        if foreign and any(not path.name.startswith(".") for path in out.iterdir()):
-            raise InputError(
-                f"--out {out} holds something that is not a {what} (no {mark}); "
-                f"use --out {_free_name(out)}"
-            )
-    except OSError as error:
-        raise InputError(f"--out {out}: {error.strerror}; give another directory") from error
-
-
 def check_study(
     out: Path, definition: dict[str, Any], configs: Iterable[dict[str, Any]]
 ) -> list[Run]:
@@ -182,99 +145,19 @@ def check_study(
             for config, result, saved, environments in json.loads(gather_texts(text)[0])
         ]
     stored = [{key: run.config.get(key) for key in definition} for run in runs if run.saved]
-    study = _read_json(out / "study.json")
+    study = read_json(out / "study.json")
     if not stored and study is not None and isinstance(study.get("study"), dict):
         stored = [study["study"]]
     known = {run.key: run.config for run in runs if run.saved}
     pairs = [(before, definition) for before in stored]
     pairs += [(known[run_key(config)], config) for config in configs if run_key(config) in known]
     for before, now in pairs:
-        if differences := _differences(before, now):
+        if differences := list_differences(before, now):
             raise InputError(
                 f"--out {out} holds another study ({'; '.join(differences)}); "
-                f"use --out {_free_name(out)}"
+                f"use --out {suggest_free_name(out)}"
             )
     return runs
-
-
-def check_run(out: Path, config: dict[str, Any]) -> None:
-    """Refuse `out` if it holds another run than that of `config`; nothing is written.
-
-    Raises:
-      InputError: with what differs and a free name.
-    """
-    with Checkpoints(out, read_only=True) as checkpoints:
-        if checkpoints.step is None:
-            return
-        differences = _differences(comparable(checkpoints.read_config()), comparable(config))
-        if differences:
-            raise InputError(
-                f"--out {out} holds another run ({'; '.join(differences)}); "
-                f"use --out {_free_name(out)}"
-            )
-
-
-def check_processes_agree(work: dict[str, Any]) -> None:
-    """Refuse, in all processes of one study, that they were given different `work`.
-
-    Raises:
-      InputError: with what differs.
-    """
-    first, *others = map(json.loads, gather_texts(json.dumps(work)))
-    for number, other in enumerate(others, 1):
-        if differences := _differences(first, other):
-            raise InputError(
-                f"the processes were given different work ({'; '.join(differences[:3])}; there is "
-                f"process 0 and here is process {number}); give all of them the same command"
-            )
-
-
-def _read_json(path: Path) -> dict[str, Any] | None:
-    """A JSON object, or None, with a warning, where there is something else; None for no file."""
-    try:
-        # A link or a pipe would lead elsewhere, or nowhere ever.
-        regular = stat.S_ISREG(path.lstat().st_mode)
-        value = json.loads(path.read_text(encoding="utf-8")) if regular else None
-    except FileNotFoundError:
-        return None
-    except (ValueError, RecursionError, OSError):
-        value = None
-    if not isinstance(value, dict):
-        warnings.warn(
-            f"{path} is damaged; what the checkpoints know is used", DamageWarning, stacklevel=3
-        )
-        return None
-    return value
-
-
-def _read_study(out: Path) -> dict[str, Any]:
-    return _read_json(out / "study.json") or {}
-
-
-def _differences(before: Any, now: Any, name: str = "") -> list[str]:
-    if isinstance(before, dict) and isinstance(now, dict):
-        return [
-            line
-            for key in sorted(before.keys() | now.keys())
-            for line in _differences(before.get(key), now.get(key), f"{name}.{key}".strip("."))
-        ]
-    if before == now:
-        return []
-    return [f"{name} is {_short(before)} there and {_short(now)} here"]
-
-
-def _short(value: Any) -> str:
-    text = json.dumps(value)
-    return text if len(text) <= 40 else f"{text[:12]}...{text[-4:]}"
-
-
-def _free_name(out: Path) -> Path:
-    if not out.name:  # such as `.`
-        out = out.resolve()
-    number = 2
-    while out.with_name(f"{out.name}-{number}").exists():
-        number += 1
-    return out.with_name(f"{out.name}-{number}")
 
 
 @contextmanager
@@ -301,106 +184,17 @@ def open_study(
                 with storage_errors(out / "study.json", 0):
                     out.mkdir(parents=True, exist_ok=True)
                 stack.enter_context(lock_directory(out))
-        _check_shared(out)
+        check_shared(out)
         runs = check_study(out, definition, configs)
         if is_primary():
-            if not isinstance(_read_study(out).get("study"), dict) and not runs:
-                _set_foreign_aside(out / "study.json")
+            if not isinstance(read_study_file(out).get("study"), dict) and not runs:
+                set_foreign_aside(out / "study.json")
             write_study(out, definition, [each for run in runs for each in run.environments])
             for run in runs:
                 if run.saved:
                     write_config(run_directory(out, *run.key), run.config)
                     write_metrics(run_directory(out, *run.key), run.result.rows)
         yield runs
-
-
-def write_study(
-    out: Path, definition: dict[str, Any], environments: Iterable[dict[str, Any]]
-) -> None:
-    """Write `study.json`, in the primary process: with those `environments` in which runs were
-    trained, and those that it has already."""
-    if is_primary():
-        stored = _read_study(out).get("environments")
-        known = [*(stored if isinstance(stored, list) else []), *environments]
-        known = [each for i, each in enumerate(known) if each not in known[:i]]
-        text = json.dumps({"study": definition, "environments": known}, indent=2)
-        write_atomic(out / "study.json", text + "\n")
-
-
-def _lock_text() -> str:
-    return f"pid {os.getpid()} on {socket.gethostname()}"
-
-
-@contextmanager
-def lock_directory(out: Path) -> Iterator[None]:
-    """Be the only process that writes to `out`, which exists; the lock goes with the process.
-
-    Raises:
-      InputError: another one does, or the file system has no locks.
-    """
-    path = out / ".lock"
-    with storage_errors(path, 0):
-        number = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o666)
-    with open(number, "r+b", buffering=0) as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            holder = lock.read().decode(errors="replace")
-            raise InputError(
-                f"--out {out} is in use by another process ({holder}); "
-                "wait for it or give another directory"
-            ) from error
-        except OSError as error:
-            raise InputError(
-                f"--out {out} is on a file system without locks ({error.strerror}); "
-                "give a directory on another one"
-            ) from error
-        with storage_errors(path, 0):
-            lock.truncate(0)
-            lock.write(_lock_text().encode())
-        yield
-
-
-def _check_shared(out: Path) -> None:
-    """Refuse, in all processes, an `out` that is not the same directory for each."""
-    holder = gather_texts(_lock_text())[0]
-    with raise_on_all_processes():
-        path = out / ".lock"
-        if not path.is_file() or path.read_bytes() != holder.encode():
-            raise InputError(
-                f"--out {out} is not the same directory for process {jax.process_index()} as for "
-                "process 0; give one on a file system that all processes share"
-            )
-
-
-def _set_foreign_aside(path: Path) -> None:
-    """Rename a file called as one of ours where nothing else says that it is ours."""
-    if path.exists():
-        aside = set_aside(path, "damaged")
-        warnings.warn(f"{path} is set aside as {aside}", DamageWarning, stacklevel=3)
-
-
-def begin_run(directory: Path, config: dict[str, Any]) -> None:
-    """Write the `config.json` of a run that is to be trained, in the primary process.
-
-    One that is there without a checkpoint, and is not that of a run, is somebody else's.
-    """
-    if is_primary() and not any(directory.glob("checkpoints/*")):
-        try:
-            check_config(_read_json(directory / "config.json"))
-        except InputError:
-            _set_foreign_aside(directory / "config.json")
-    write_config(directory, config)
-
-
-def write_config(directory: Path, config: dict[str, Any]) -> None:
-    """Write a run's `config.json`, in the primary process."""
-    if is_primary():
-        with storage_errors(directory, 0):
-            # Not the study's directory too: if that is gone, so is what was in it.
-            directory.parent.mkdir(exist_ok=True)
-            directory.mkdir(exist_ok=True)
-        write_atomic(directory / "config.json", json.dumps(config, indent=2) + "\n")
 
 
 def read_runs(out: Path, planned: Container[Path] = ()) -> list[Run]:
@@ -413,7 +207,7 @@ def read_runs(out: Path, planned: Container[Path] = ()) -> list[Run]:
       InputError: such a directory is one of the `planned` ones.
     """
     runs = []
-    for directory in _runs(out):
+    for directory in find_runs(out):
         try:
             run = read_newest(directory, partial(_read_run, out, directory))
         except InputError as error:
@@ -434,7 +228,7 @@ def _read_run(out: Path, directory: Path, checkpoints: Checkpoints) -> Run | Non
     if saved:
         config = checkpoints.read_config()
         result = RunResult.from_json(checkpoints.read_progress())
-    elif (config := _read_json(directory / "config.json")) is None:
+    elif (config := read_json(directory / "config.json")) is None:
         return None
     try:
         check_config(config)
@@ -448,11 +242,6 @@ def _read_run(out: Path, directory: Path, checkpoints: Checkpoints) -> Run | Non
         return None
     environments = checkpoints.read_environments() if saved else []
     return Run(config, result, saved, environments)
-
-
-def _runs(out: Path) -> list[Path]:
-    """Directories that may hold a run, in a fixed order."""
-    return sorted({path.parent for name in RUN_FILES for path in out.glob(f"*/seed-*/{name}")})
 
 
 def sort_runs(runs: Iterable[Run]) -> list[Run]:

@@ -1,0 +1,243 @@
+"""The directories of studies and runs: whose they are, who writes to them, what JSON they hold."""
+
+import fcntl
+import json
+import os
+import socket
+import stat
+import warnings
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Literal
+
+import jax
+
+from flaxnets.errors import DamageWarning, InputError
+from flaxnets.files import set_aside, storage_errors, write_atomic
+from flaxnets.parallel import gather_texts, is_primary, raise_on_all_processes
+from flaxnets.studies.config import check_config
+from flaxnets.training.checkpoints import Checkpoints, comparable
+
+RUN_FILES: tuple[str, ...] = ("config.json", "checkpoints")
+
+
+def run_key(config: dict[str, Any]) -> tuple[str, int, int]:
+    """Kind, depth and seed of a run's config."""
+    return config["kind"], config["depth"], config["seed"]
+
+
+def run_directory(out: Path, kind: str, depth: int, seed: int) -> Path:
+    """Where a study keeps one run."""
+    return out / f"{kind}-{depth}" / f"seed-{seed}"
+
+
+def check_output_dir(out: Path, what: Literal["study", "run"] = "study") -> None:
+    """Refuse, without writing anything, an `out` that can hold no study, or no run, at all.
+
+    Raises:
+      InputError: `out` is a file, cannot be written, or holds something else.
+    """
+    try:
+        str(out.absolute()).encode()
+    except UnicodeEncodeError as error:
+        raise InputError(
+            f"--out {out}: checkpoints need a path in UTF-8; give another directory"
+        ) from error
+    try:
+        existing = out
+        while not existing.exists() and existing != existing.parent:
+            existing = existing.parent
+        if out.is_symlink() and not out.exists():
+            raise InputError(f"--out {out} is a link that leads nowhere; give a directory")
+        if not existing.is_dir():
+            raise InputError(f"--out {out}: {existing} is a file; give a directory")
+        if not os.access(existing, os.W_OK | os.X_OK):
+            raise InputError(f"--out {out}: {existing} cannot be written; give another directory")
+        if what == "study":
+            known, mark = any(out.glob("study.json")) or any(find_runs(out)), "study.json"
+        else:
+            known, mark = any((out / name).exists() for name in RUN_FILES), "config.json"
+        foreign = out.exists() and not known
+        # What a crash in the first moment leaves is hidden, and ours.
+        if foreign and any(not path.name.startswith(".") for path in out.iterdir()):
+            raise InputError(
+                f"--out {out} holds something that is not a {what} (no {mark}); "
+                f"use --out {suggest_free_name(out)}"
+            )
+    except OSError as error:
+        raise InputError(f"--out {out}: {error.strerror}; give another directory") from error
+
+
+def check_run(out: Path, config: dict[str, Any]) -> None:
+    """Refuse `out` if it holds another run than that of `config`; nothing is written.
+
+    Raises:
+      InputError: with what differs and a free name.
+    """
+    with Checkpoints(out, read_only=True) as checkpoints:
+        if checkpoints.step is None:
+            return
+        differences = list_differences(comparable(checkpoints.read_config()), comparable(config))
+        if differences:
+            raise InputError(
+                f"--out {out} holds another run ({'; '.join(differences)}); "
+                f"use --out {suggest_free_name(out)}"
+            )
+
+
+def check_processes_agree(work: dict[str, Any]) -> None:
+    """Refuse, in all processes of one study, that they were given different `work`.
+
+    Raises:
+      InputError: with what differs.
+    """
+    first, *others = map(json.loads, gather_texts(json.dumps(work)))
+    for number, other in enumerate(others, 1):
+        if differences := list_differences(first, other):
+            raise InputError(
+                f"the processes were given different work ({'; '.join(differences[:3])}; there is "
+                f"process 0 and here is process {number}); give all of them the same command"
+            )
+
+
+def read_json(path: Path) -> dict[str, Any] | None:
+    """A JSON object, or None, with a warning, where there is something else; None for no file."""
+    try:
+        # A link or a pipe would lead elsewhere, or nowhere ever.
+        regular = stat.S_ISREG(path.lstat().st_mode)
+        value = json.loads(path.read_text(encoding="utf-8")) if regular else None
+    except FileNotFoundError:
+        return None
+    except (ValueError, RecursionError, OSError):
+        value = None
+    if not isinstance(value, dict):
+        warnings.warn(
+            f"{path} is damaged; what the checkpoints know is used", DamageWarning, stacklevel=3
+        )
+        return None
+    return value
+
+
+def read_study_file(out: Path) -> dict[str, Any]:
+    return read_json(out / "study.json") or {}
+
+
+def list_differences(before: Any, now: Any, name: str = "") -> list[str]:
+    if isinstance(before, dict) and isinstance(now, dict):
+        return [
+            line
+            for key in sorted(before.keys() | now.keys())
+            for line in list_differences(before.get(key), now.get(key), f"{name}.{key}".strip("."))
+        ]
+    if before == now:
+        return []
+    return [f"{name} is {_short(before)} there and {_short(now)} here"]
+
+
+def _short(value: Any) -> str:
+    text = json.dumps(value)
+    return text if len(text) <= 40 else f"{text[:12]}...{text[-4:]}"
+
+
+def suggest_free_name(out: Path) -> Path:
+    if not out.name:  # such as `.`
+        out = out.resolve()
+    number = 2
+    while out.with_name(f"{out.name}-{number}").exists():
+        number += 1
+    return out.with_name(f"{out.name}-{number}")
+
+
+def write_study(
+    out: Path, definition: dict[str, Any], environments: Iterable[dict[str, Any]]
+) -> None:
+    """Write `study.json`, in the primary process: with those `environments` in which runs were
+    trained, and those that it has already."""
+    if is_primary():
+        stored = read_study_file(out).get("environments")
+        known = [*(stored if isinstance(stored, list) else []), *environments]
+        known = [each for i, each in enumerate(known) if each not in known[:i]]
+        text = json.dumps({"study": definition, "environments": known}, indent=2)
+        write_atomic(out / "study.json", text + "\n")
+
+
+def _lock_text() -> str:
+    return f"pid {os.getpid()} on {socket.gethostname()}"
+
+
+@contextmanager
+def lock_directory(out: Path) -> Iterator[None]:
+    """Be the only process that writes to `out`, which exists; the lock goes with the process.
+
+    Raises:
+      InputError: another one does, or the file system has no locks.
+    """
+    path = out / ".lock"
+    with storage_errors(path, 0):
+        number = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o666)
+    with open(number, "r+b", buffering=0) as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            holder = lock.read().decode(errors="replace")
+            raise InputError(
+                f"--out {out} is in use by another process ({holder}); "
+                "wait for it or give another directory"
+            ) from error
+        except OSError as error:
+            raise InputError(
+                f"--out {out} is on a file system without locks ({error.strerror}); "
+                "give a directory on another one"
+            ) from error
+        with storage_errors(path, 0):
+            lock.truncate(0)
+            lock.write(_lock_text().encode())
+        yield
+
+
+def check_shared(out: Path) -> None:
+    """Refuse, in all processes, an `out` that is not the same directory for each."""
+    holder = gather_texts(_lock_text())[0]
+    with raise_on_all_processes():
+        path = out / ".lock"
+        if not path.is_file() or path.read_bytes() != holder.encode():
+            raise InputError(
+                f"--out {out} is not the same directory for process {jax.process_index()} as for "
+                "process 0; give one on a file system that all processes share"
+            )
+
+
+def set_foreign_aside(path: Path) -> None:
+    """Rename a file called as one of ours where nothing else says that it is ours."""
+    if path.exists():
+        aside = set_aside(path, "damaged")
+        warnings.warn(f"{path} is set aside as {aside}", DamageWarning, stacklevel=3)
+
+
+def begin_run(directory: Path, config: dict[str, Any]) -> None:
+    """Write the `config.json` of a run that is to be trained, in the primary process.
+
+    One that is there without a checkpoint, and is not that of a run, is somebody else's.
+    """
+    if is_primary() and not any(directory.glob("checkpoints/*")):
+        try:
+            check_config(read_json(directory / "config.json"))
+        except InputError:
+            set_foreign_aside(directory / "config.json")
+    write_config(directory, config)
+
+
+def write_config(directory: Path, config: dict[str, Any]) -> None:
+    """Write a run's `config.json`, in the primary process."""
+    if is_primary():
+        with storage_errors(directory, 0):
+            # Not the study's directory too: if that is gone, so is what was in it.
+            directory.parent.mkdir(exist_ok=True)
+            directory.mkdir(exist_ok=True)
+        write_atomic(directory / "config.json", json.dumps(config, indent=2) + "\n")
+
+
+def find_runs(out: Path) -> list[Path]:
+    """Directories that may hold a run, in a fixed order."""
+    return sorted({path.parent for name in RUN_FILES for path in out.glob(f"*/seed-*/{name}")})
