@@ -1,19 +1,19 @@
-"""How fast these networks train, against the same networks in PyTorch and in plain Flax.
+"""Benchmark training throughput against the same networks in PyTorch and in plain Flax.
 
     python experiments/benchmark.py --models cifar_resnet20,resnet50 --against torch,flax-example
 
-What is timed is the whole train step: random crops and mirror images, normalisation, both passes
-and the update. First all contenders have to give the same loss for the same weights and images.
-Each runs in a process of its own, and they take turns, a round of about a second each, so that what
-else the machine does falls on all of them.
+The timing covers the whole train step: random crops and flips, normalisation, forward and backward
+pass, and update. All contenders must first compute the same loss for the same weights and images.
+Each runs in its own process, and they take turns in rounds of about a second, so that other load on
+the machine affects all of them.
 
-Contenders, beside this library ("ours"):
+Contenders besides this library ("ours"):
 
   torch            PyTorch, eager: channels_last, fused SGD, augmentation on the device
-  torch-compile    the same under torch.compile
-  torch-cudagraph  the same with mode="reduce-overhead", for GPUs
+  torch-compile    the same with torch.compile
+  torch-cudagraph  the same with torch.compile(mode="reduce-overhead"), for GPUs
   flax-example     plain Flax: nn.Conv, nn.relu(y + x), batches made by NumPy on the host
-  seeds-together   ours, the networks of 4 seeds trained as one; images of all four are counted
+  seeds-together   ours, training the networks of 4 seeds as one; images/s counts all four
 """
 
 import signal
@@ -58,7 +58,7 @@ from flaxnets.reporting.figures import draw_benchmark
 
 WORKER = Path(__file__).parent / "contenders" / "worker.py"
 SEEDS_TOGETHER = 4
-# Name -> module of experiments/contenders, and what its `Contender` is told.
+# Name -> module in experiments/contenders, and extra arguments of its `Contender`.
 CONTENDERS: dict[str, tuple[str, dict[str, Any]]] = {
     "ours": ("ours", {}),
     "torch": ("torch_peer", {}),
@@ -68,18 +68,18 @@ CONTENDERS: dict[str, tuple[str, dict[str, Any]]] = {
     "seeds-together": ("ours", {"seeds": SEEDS_TOGETHER}),
 }
 PRECISIONS = ("float32", "bfloat16")
-TOLERANCES = {"float32": 1e-3, "bfloat16": 3e-2}  # of losses, relative above 1
+TOLERANCES = {"float32": 1e-3, "bfloat16": 3e-2}  # loss differences, relative for losses above 1
 SECONDS_A_ROUND = 0.75
-# Small, so that no number becomes infinite in training on noise.
+# Small, so that training on noise stays finite.
 LEARNING_RATE = 0.01
 
 
 class FailureError(Exception):
-    """A contender failed; the message is one line."""
+    """Raised when a contender fails; the message is one line."""
 
 
 class DisagreementError(Exception):
-    """Contenders do not compute the same loss; the message is one line."""
+    """Raised when contenders compute different losses; the message is one line."""
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -120,7 +120,7 @@ def main(arguments: list[str] | None = None) -> int:
     console.print(results_table(report))
     for line in remarks(report, args.seconds):
         console.print(line, soft_wrap=True)
-    # Also with what was left out.
+    # Models may have been left out since the last write.
     write_atomic(args.out / "benchmark.json", json.dumps(report, indent=1))
     console.print(f"numbers: {args.out / 'benchmark.json'}", soft_wrap=True)
     rates = {model["model"]: rates_of(model) for model in report["models"] if rates_of(model)}
@@ -134,13 +134,13 @@ def main(arguments: list[str] | None = None) -> int:
 def measure(
     name: str, args: argparse.Namespace, deadline: float, hardware: dict, console: Console
 ) -> dict[str, Any]:
-    """The report on one model; contenders that fail are in it with the reason.
+    """Measure one model; failed contenders are reported with the reason.
 
     Raises:
       DisagreementError: their losses differ.
     """
     contenders = ["ours", *args.against]
-    # Time for the rounds, of what is left.
+    # Reserve time for the rounds, at most half of what is left.
     rounds_seconds = args.rounds * len(contenders) * SECONDS_A_ROUND
     ready_by = deadline - min(rounds_seconds, (deadline - time.monotonic()) / 2)
     with (
@@ -149,10 +149,10 @@ def measure(
     ):
         try:
             report = race(name, args, deadline, field, hardware, console)
-        except FailureError:  # ours; the others have no weights without it
+        except FailureError:  # ours failed, and the others need its weights
             report = {"model": name, "contenders": {}}
     for contender in contenders:
-        reason = field.failures.get(contender, "there is nothing of ours to compare it with")
+        reason = field.failures.get(contender, "ours failed, so there is nothing to compare with")
         report["contenders"].setdefault(contender, {"could_not_run": reason})
     return report
 
@@ -165,7 +165,7 @@ def race(
     hardware: dict,
     console: Console,
 ) -> dict[str, Any]:
-    """Bring the contenders to the start, check them and time them.
+    """Start, check and time the contenders.
 
     Raises:
       FailureError: ours fails.
@@ -192,7 +192,7 @@ def race(
         field.ask("start", [contender], **settings, **own)
 
     first_step = field.ask("time", steps=1)
-    field.deadline = math.inf  # what follows is short
+    field.deadline = math.inf  # the remaining steps are short
     console.print(f"{name}: first step {listed(first_step, '{:.1f} s')}", soft_wrap=True)
     losses = field.ask("loss")
     check_losses(name, losses, TOLERANCES[args.precision])
@@ -224,7 +224,7 @@ def race(
             "ours_over_this": median(ratios),
             "first_step_seconds": first_step[contender],
             "peak_bytes": peak_bytes[contender],
-            # Three times the forward pass, and two operations for each multiply-add.
+            # A step costs three forward passes, a multiply-add two operations.
             "share_of_matmul_peak": 3 * 2 * multiply_adds * speed / matmul_flops,
             "loss": losses[contender],
             "rounds": rates[contender],
@@ -243,13 +243,13 @@ def race(
 
 
 class Field:
-    """The contenders of one model that can still run, each in its process.
+    """Contenders of one model that can still run, each in its own process.
 
     Attributes:
-      names: of those, ours first.
-      failures: of the others, why.
-      directory: for what they say on stderr, and the data they read.
-      deadline: on the clock `time.monotonic`, for answers.
+      names: names of these contenders, ours first.
+      failures: failed contenders, with the reason.
+      directory: place of the workers' logs (stderr) and the data they read.
+      deadline: latest time for an answer, on the clock `time.monotonic`.
     """
 
     def __init__(self, names: list[str], directory: Path, deadline: float) -> None:
@@ -259,7 +259,7 @@ class Field:
         try:
             for name in names:
                 self._processes[name] = self._start(name)
-        except BaseException:  # Ctrl-C; nobody has entered yet who would leave
+        except BaseException:  # such as Ctrl-C; `__exit__` does not run before `__enter__`
             self.__exit__()
             raise
 
@@ -277,9 +277,10 @@ class Field:
         together: bool = False,
         **arguments: Any,
     ) -> dict[str, Any]:
-        """The answers of all (or of `names`), asked one after the other or all at once.
+        """Send a command to all contenders (or `names`) and return their answers.
 
-        Who fails is no longer one of the field.
+        With `together`, all receive the command before the first answer is awaited. Contenders that
+        fail are removed from the field.
 
         Raises:
           FailureError: ours fails.
@@ -303,7 +304,7 @@ class Field:
         return answers
 
     def ask_ours(self, command: str, **arguments: Any) -> Any:
-        """As `ask`."""
+        """Like `ask`, for ours alone."""
         return self.ask(command, ["ours"], **arguments)["ours"]
 
     def _start(self, name: str) -> subprocess.Popen:
@@ -312,7 +313,7 @@ class Field:
             "XLA_PYTHON_CLIENT_PREALLOCATE": "false",
             "TORCHINDUCTOR_CACHE_DIR": str(self.directory / f"{name}-inductor"),
         }
-        # A first step compiles. And programs that are to be stored cannot use all of ours.
+        # First steps must include compilation, and cacheable programs cannot use oneDNN.
         environment.pop("JAX_COMPILATION_CACHE_DIR", None)
         with self._log(name).open("wb") as log:
             return subprocess.Popen(
@@ -322,7 +323,7 @@ class Field:
                 stdout=subprocess.PIPE,
                 stderr=log,
                 env=environment,
-                start_new_session=True,  # Ctrl-C is for this process, which stops the others
+                start_new_session=True,  # Ctrl-C reaches only this process, which stops the workers
             )
 
     def _log(self, name: str) -> Path:
@@ -330,23 +331,25 @@ class Field:
 
     def _send(self, name: str, command: str, arguments: dict[str, Any]) -> None:
         stdin: Any = self._processes[name].stdin
-        # Where nobody reads any more, the answer will be missing, and that is told.
+        # If the worker has exited, `_receive` reports it.
         with contextlib.suppress(BrokenPipeError):
             stdin.write(json.dumps([command, arguments]).encode() + b"\n")
 
     def _receive(self, name: str) -> Any:
         process = self._processes[name]
         stdout: Any = process.stdout
-        # Its children may hold the pipe open when a process is dead.
+        # A dead worker's children may hold the pipe open, so `poll` is needed too.
         while not select.select([stdout], [], [], 0.5)[0] and process.poll() is None:
             if time.monotonic() > self.deadline:
-                raise FailureError("it was not ready in the --seconds given")
+                raise FailureError("it was not ready within --seconds")
         line = stdout.readline() if select.select([stdout], [], [], 0)[0] else b""
         if not line:
             status = process.wait()
             words = self._log(name).read_text(errors="replace").strip().splitlines()
             how = f"signal {-status}" if status < 0 else f"exit status {status}"
-            raise FailureError(f"it ended with {how}; last words: {words[-1] if words else 'none'}")
+            raise FailureError(
+                f"it ended with {how}; last output: {words[-1] if words else 'none'}"
+            )
         answer = json.loads(line)
         if "error" in answer:
             raise FailureError(answer["error"])
@@ -354,7 +357,7 @@ class Field:
 
 
 def stop(process: subprocess.Popen) -> None:
-    """End a worker and what it started."""
+    """Kill a worker and its child processes."""
     with contextlib.suppress(ProcessLookupError):
         os.killpg(process.pid, signal.SIGKILL)
     process.wait()
@@ -364,10 +367,11 @@ def stop(process: subprocess.Popen) -> None:
 
 
 def make_data(image_size: int, batch_size: int) -> dict[str, Any]:
-    """Random images and labels, and the batch with which all are checked.
+    """Make random images and labels, and the batch for the loss check.
 
-    `images` uint8 `(n, height, width, 3)`, `labels` int32 `(n,)`, `mean` and `std` of the channels
-    on a scale of 0 to 1, `rate` the learning rate, and `check_images`: the first batch, normalised.
+    Returns `images` uint8 `(n, height, width, 3)`, `labels` int32 `(n,)`, `mean` and `std` per
+    channel on a scale of 0 to 1, the learning rate as `rate`, and `check_images`, the first batch
+    after normalisation.
     """
     rng = np.random.default_rng(0)
     count = max(1024, 2 * batch_size)
@@ -384,23 +388,23 @@ def make_data(image_size: int, batch_size: int) -> dict[str, Any]:
 
 
 def check_losses(model: str, losses: dict[str, float], tolerance: float) -> None:
-    """Refuse losses that are not those of ours.
+    """Check that all losses equal ours.
 
     Raises:
-      DisagreementError: one differs by more than `tolerance`, relative to what is above 1.
+      DisagreementError: a loss differs by more than `tolerance`, relative for losses above 1.
     """
     ours = losses["ours"]
     for contender, loss in losses.items():
         difference = abs(loss - ours) / max(1.0, abs(ours))
-        if not difference <= tolerance:  # NaN neither
+        if not difference <= tolerance:  # also refuses NaN
             raise DisagreementError(
-                f"{model}: {contender} computes another function: its loss is {loss:.6g}, that of "
-                f"ours {ours:.6g}, which differ by {difference:.2g}, more than {tolerance:g}"
+                f"{model}: {contender} computes a different function: its loss is {loss:.6g}, ours "
+                f"is {ours:.6g}, a difference of {difference:.2g}, which is more than {tolerance:g}"
             )
 
 
 def structure(name: str) -> dict[str, Any]:
-    """What the peers build their network from: attributes of the `ResNet` called `name`.
+    """Return the attributes of the `ResNet` called `name`, from which the peers build theirs.
 
     Raises:
       InputError: it is not a ResNet of version 1 with shortcut A or B.
@@ -413,8 +417,9 @@ def structure(name: str) -> dict[str, Any]:
         or (model.conv, model.norm) != (conv, batch_norm)
     ):
         raise InputError(
-            f"--models: torch and flax-example know ResNets of version 1 and plain networks only, "
-            f"such as cifar_resnet20 or plain34, not {name}; --against seeds-together takes all"
+            f"--models: torch and flax-example support only ResNets of version 1 and plain "
+            f"networks, such as cifar_resnet20 or plain34, not {name}; --against seeds-together "
+            f"supports all"
         )
     names = ("stage_sizes", "num_classes", "width", "block", "stem", "shortcut", "residual")
     return {name: getattr(model, name) for name in (*names, "stride_in_3x3")}
@@ -437,7 +442,7 @@ def usable_cores() -> int | None:
 
 
 def versions() -> dict[str, str]:
-    """Of Python and of what is installed of the packages that matter."""
+    """Collect the versions of Python and of the installed packages that matter."""
     found = {"python": platform.python_version()}
     for package in ("flaxnets", "jax", "jaxlib", "flax", "optax", "numpy", "torch"):
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):
@@ -450,7 +455,7 @@ def listed(answers: dict[str, float], form: str) -> str:
 
 
 def results_table(report: dict[str, Any]) -> Table:
-    """A row a model and contender."""
+    """Make a table with a row for each model and contender."""
     table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
     table.add_column("model", no_wrap=True)
     table.add_column("contender", no_wrap=True)
@@ -479,7 +484,7 @@ def images(rate: float) -> str:
 
 
 def remarks(report: dict[str, Any], seconds: float) -> list[str]:
-    """What does not fit into the table, a line each."""
+    """List everything that does not fit into the table, one line each."""
     lines = []
     for model in report["models"]:
         name = model["model"]
@@ -490,14 +495,14 @@ def remarks(report: dict[str, Any], seconds: float) -> list[str]:
             continue
         lines.append(
             f"{name}, ours: the host spends {1e3 * model['host_seconds_per_step']:.2f} ms a step "
-            f"outside XLA, {model['host_share_of_step']:.1%} of it; matrix products reach "
+            f"outside XLA, {model['host_share_of_step']:.1%} of the step; matrix products reach "
             f"{model['matmul_flops_per_second'] / 1e9:,.0f} GFLOP/s"
         )
         rounds = len(model["contenders"]["ours"]["rounds"])
         if rounds < report["settings"]["rounds"]:
-            lines.append(f"{name}: stopped after round {rounds}, with the {seconds:g} s over")
+            lines.append(f"{name}: stopped after round {rounds}, at the limit of {seconds:g} s")
     if report["left_out"]:
-        lines.append(f"left out, with the {seconds:g} s over: {', '.join(report['left_out'])}")
+        lines.append(f"left out, at the limit of {seconds:g} s: {', '.join(report['left_out'])}")
     if report["hardware"]["load_average"] > 0.5:
         lines.append(
             f"other programs were running (load {report['hardware']['load_average']:.1f}): "
@@ -507,7 +512,7 @@ def remarks(report: dict[str, Any], seconds: float) -> list[str]:
 
 
 def rates_of(model: dict[str, Any]) -> dict[str, list[float]]:
-    """Images a second of each contender that ran, in each round."""
+    """Return images per second in each round, for each contender that ran."""
     entries = model["contenders"].items()
     return {name: entry["rounds"] for name, entry in entries if "rounds" in entry}
 
@@ -529,13 +534,21 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
         type=words,
         default="cifar_resnet20,cifar_resnet56,cifar_plain56,resnet50",
         metavar="NAMES",
-        help="networks, with commas between (%(default)s)",
+        help="comma-separated networks (%(default)s)",
     )
     parser.add_argument(
-        "--image-size", type=positive(int), default=32, metavar="N", help="pixels (%(default)s)"
+        "--image-size",
+        type=positive(int),
+        default=32,
+        metavar="N",
+        help="side in pixels (%(default)s)",
     )
     parser.add_argument(
-        "--batch-size", type=positive(int), default=128, metavar="N", help="images (%(default)s)"
+        "--batch-size",
+        type=positive(int),
+        default=128,
+        metavar="N",
+        help="images per step (%(default)s)",
     )
     parser.add_argument(
         "--precision", default="float32", metavar="TYPE", help="float32 (the default) or bfloat16"
@@ -545,24 +558,28 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
         type=words,
         default="torch,torch-compile,flax-example",
         metavar="NAMES",
-        help="contenders, with commas between (%(default)s)",
+        help="comma-separated contenders (%(default)s)",
     )
     parser.add_argument(
-        "--rounds", type=positive(int), default=10, metavar="N", help="for each (%(default)s)"
+        "--rounds",
+        type=positive(int),
+        default=10,
+        metavar="N",
+        help="rounds per contender (%(default)s)",
     )
     parser.add_argument(
         "--seconds",
         type=positive(float),
         default=math.inf,
         metavar="N",
-        help="after so many, no other model and no other round is begun",
+        help="start no further model or round after N seconds",
     )
     parser.add_argument(
         "--out",
         type=Path,
         default=Path("runs/benchmark"),
         metavar="DIR",
-        help="for benchmark.json and benchmark.png (%(default)s)",
+        help="directory for benchmark.json and benchmark.png (%(default)s)",
     )
     args = parser.parse(arguments)
     args.models, args.against = (list(dict.fromkeys(x)) for x in (args.models, args.against))

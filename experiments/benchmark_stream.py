@@ -1,20 +1,20 @@
-"""How fast pictures are read for training, against PyTorch's DataLoader.
+"""Benchmark reading pictures for training against PyTorch's DataLoader.
 
     python experiments/benchmark_stream.py --workers 2
 
-What is timed is everything from JPEG files to batches of uint8 in the process that trains: reading,
-decoding, random-resized crops and mirror images. Contenders take turns, a round each, so that what
-else the machine does falls on all of them; in each round one starts anew, and is timed after its
-first batches. The JPEGs are made once, random but smooth, with noise, at quality 90.
+The timing covers everything from JPEG files to batches of uint8 in the training process: reading,
+decoding, random-resized crops and flips. Contenders take turns, one round each, so that other load
+on the machine affects all of them. Each round restarts the contender and excludes its first
+batches. The JPEGs are generated once, random but smooth, with noise, at quality 90.
 
 Contenders:
 
   ours               flaxnets.data.stream.TrainStream
-  dataloader         DataLoader over Pillow's decoder, with crop and resize as in torchvision
-  dataloader-ours    DataLoader over this library's decoding, in which big JPEGs are not decoded in
-                     full; the two differ for pictures of more than 4 times the --image-size
+  dataloader         DataLoader with Pillow's decoder, and torchvision's crop and resize
+  dataloader-ours    DataLoader with this library's decoder, which decodes big JPEGs at reduced
+                     size; the two differ for pictures of more than 4 times the --image-size
 
-Afterwards, the memory of this process and its workers after each of 5 epochs.
+Finally, prints the memory of this process and its workers after each of 5 epochs.
 """
 
 import signal
@@ -88,7 +88,7 @@ def main(arguments: list[str] | None = None) -> int:
         )
     console.print(results_table(rates))
     load = os.getloadavg()[0]
-    console.print(f"load average {load:.1f}; ours / dataloader by rounds: {ratios(rates)}")
+    console.print(f"load average {load:.1f}; ours / dataloader in each round: {ratios(rates)}")
 
     few = Subset(source, np.arange(min(len(source), args.batches * args.batch_size)))
     for workers in (0, args.workers):
@@ -98,7 +98,7 @@ def main(arguments: list[str] | None = None) -> int:
     return 0
 
 
-# Contenders: iterators over batches, without end.
+# Contenders: infinite iterators over batches.
 
 
 def our_batches(source: Source, args: argparse.Namespace, seed: int) -> Iterator[Any]:
@@ -119,7 +119,7 @@ def their_batches(
         shuffle=True,
         num_workers=args.workers,
         drop_last=True,
-        # A fork of a process with JAX's threads may hang.
+        # Forking a process with JAX's threads may hang.
         multiprocessing_context="spawn" if args.workers else None,
         persistent_workers=args.workers > 0,
     )
@@ -129,7 +129,7 @@ def their_batches(
 
 @dataclass
 class TorchPictures:
-    """A data set as DataLoader wants it: uint8 `(size, size, 3)` and a label."""
+    """Data set for DataLoader, of uint8 images `(size, size, 3)` and their labels."""
 
     source: Source
     size: int
@@ -177,7 +177,7 @@ def images_per_second(batches: Iterator[Any], args: argparse.Namespace) -> float
 
 
 def memory_by_epoch(source: Source, args: argparse.Namespace) -> list[int]:
-    """Bytes in memory, this process and its workers, after each epoch."""
+    """Measure the bytes in memory of this process and its workers after each epoch."""
     used = []
     with closing(our_batches(source, args, 0)) as batches:  # pyright: ignore[reportArgumentType]
         for _ in range(EPOCHS_FOR_MEMORY):
@@ -214,7 +214,7 @@ def results_table(rates: dict[str, list[float]]) -> Table:
 
 
 def make_pictures(directory: Path, count: int, size: tuple[int, int]) -> Path:
-    """A folder of `count` JPEGs for training and a few for testing, made unless it is there."""
+    """Make a folder of `count` training JPEGs and a few test JPEGs, unless it exists."""
     folder = directory / f"{count}-{size[0]}x{size[1]}"
     if folder.exists():
         return folder
@@ -235,7 +235,10 @@ def make_pictures(directory: Path, count: int, size: tuple[int, int]) -> Path:
 
 
 def make_picture(path: Path, seed: int, size: tuple[int, int]) -> None:
-    """Smooth fields of three scales and some noise; sides vary by a fifth, one in four stands."""
+    """Draw smooth fields at three scales plus noise.
+
+    Sides vary by a fifth, and one picture in four is in portrait format.
+    """
     rng = np.random.default_rng(seed)
     width, height = (round(side * rng.uniform(0.8, 1.2)) for side in size)
     if rng.random() < 0.25:
@@ -249,7 +252,7 @@ def make_picture(path: Path, seed: int, size: tuple[int, int]) -> None:
 
 
 def picture_size(text: str) -> tuple[int, int]:
-    """Argument type: `500x375`."""
+    """Parse an argument such as `500x375`."""
     found = re.fullmatch(r"([1-9]\d*)x([1-9]\d*)", text)
     if not found:
         raise argparse.ArgumentTypeError(f"{text!r} is not WIDTHxHEIGHT, such as 500x375")
@@ -260,24 +263,24 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
     parser = ArgumentParser(description=__doc__)
     add = partial(parser.add_argument, metavar="N", type=positive(int))
     add("--images", default=10_000, help="JPEGs to read (%(default)s)")
-    add("--image-size", default=224, help="pixels of the crops (%(default)s)")
-    add("--batch-size", default=128, help="images (%(default)s)")
-    add("--workers", default=2, help="processes that read, for each contender (%(default)s)")
-    add("--rounds", default=5, help="for each contender (%(default)s)")
-    add("--batches", default=20, help="timed in a round (%(default)s)")
+    add("--image-size", default=224, help="side of the crops in pixels (%(default)s)")
+    add("--batch-size", default=128, help="images per batch (%(default)s)")
+    add("--workers", default=2, help="reader processes per contender (%(default)s)")
+    add("--rounds", default=5, help="rounds per contender (%(default)s)")
+    add("--batches", default=20, help="timed batches per round (%(default)s)")
     parser.add_argument(
         "--picture-size",
         type=picture_size,
         default=(500, 375),
         metavar="WxH",
-        help="of the JPEGs, on average (500x375)",
+        help="average size of the JPEGs (500x375)",
     )
     parser.add_argument(
         "--data-dir",
         type=Path,
         default=Path(tempfile.gettempdir()) / "flaxnets-pictures",
         metavar="DIR",
-        help="where they are made and kept (%(default)s)",
+        help="directory for the generated JPEGs (%(default)s)",
     )
     args = parser.parse(arguments)
     if not importlib.util.find_spec("torch"):

@@ -2,10 +2,10 @@
 
     python experiments/degradation.py --depths 18,34,56
 
-trains each network once from each seed, on the real handwritten digits that come with scikit-learn
-unless another data set is named, and ends with a table, summary.csv and a figure like Figure 6 of
-He et al. (2015), "Deep Residual Learning for Image Recognition". The same command again continues
-where it was; more kinds, depths or seeds add to what is there.
+Trains each network once per seed, by default on the real handwritten digits that come with
+scikit-learn, and ends with a table, summary.csv and a figure like Figure 6 of He et al. (2015),
+"Deep Residual Learning for Image Recognition". Rerun the same command to resume, or add kinds,
+depths or seeds to extend the study.
 """
 
 import signal
@@ -97,15 +97,15 @@ from flaxnets.training import (
 from flaxnets.training.environment import record_environment
 from flaxnets.training.estimate import Probe, estimate_seconds, measure
 
-# Of the cifar family. Deeper ones, unrolled, would take minutes to compile and much memory.
+# Deeper cifar networks are scanned: unrolled, they take minutes to compile and much memory.
 DEEPEST_UNROLLED = 110
-# Throughput of several runs at a time on a CPU over that of one, about: 1.3 to 1.5 was measured.
+# Approximate speed-up from concurrent runs on a CPU; measured: 1.3 to 1.5.
 GAIN_OF_WORKERS = 1.4
 
 
 @dataclass(frozen=True)
 class Planned:
-    """One network of the grid, before it is trained; `configs` has one for each seed."""
+    """A network of the grid, to be trained once for each of `configs` (one per seed)."""
 
     kind: str
     depth: int
@@ -123,7 +123,7 @@ def main(arguments: list[str] | None = None) -> int:
         start_processes(*args.distributed)
     console = plain_console(quiet=not is_primary())
 
-    # What to train on, and how. Everything that can be refused is refused before the slow part.
+    # Everything that can be refused is refused before the slow part.
     recipe = choose_recipe(args)
     out = args.out or Path("runs/degradation") / f"{args.dataset}-{args.family}"
     with raise_on_all_processes():
@@ -156,7 +156,6 @@ def main(arguments: list[str] | None = None) -> int:
         print_plan(console, plan, dataset, recipe, check_study(out, definition, configs), workers)
         return 0
 
-    # Train.
     command = shlex.join(["python", *sys.argv]) if arguments is None else "the same command"
     with Interruption(command) as interruption, open_study(out, definition, configs) as runs:
         runs = train_study(
@@ -173,7 +172,7 @@ def main(arguments: list[str] | None = None) -> int:
             definition,
         )
 
-        # The table and the figure, of all that the directory holds.
+        # Table and figure cover every run in the directory, not only those of this command.
         write_summary(out, runs)
         networks = group_runs(runs)
         updates = recipe.total_steps(len(dataset.train.labels))
@@ -212,10 +211,10 @@ def train_study(
     log_gradients: bool,
     definition: dict[str, Any],
 ) -> list[Run]:
-    """Train what is not finished yet, `workers` networks at a time, and give all runs there are.
+    """Train the unfinished runs, `workers` networks at a time, and return all runs of the study.
 
-    Workers are threads: the device is busy with one network while another is compiled or leaves
-    cores free. Each run is bit for bit what it is alone.
+    Workers are threads: the device is busy with one network while another compiles or leaves cores
+    free. Each run has the same bits as when trained alone.
     """
     mesh = data_mesh()
     known = {run.key: run for run in runs}
@@ -233,7 +232,7 @@ def train_study(
     if log_gradients:
         without = [str(path) for path in finished if not (path / "gradients.csv").exists()]
         if without:
-            line = f"finished before, so that no gradients are logged: {', '.join(without)}"
+            line = f"already finished, so no gradients are logged: {', '.join(without)}"
             console.print(line, soft_wrap=True)
     failed, writing = threading.Event(), threading.Lock()
 
@@ -262,7 +261,7 @@ def train_study(
 
             if gradients is not None:
                 gradients.check(directory)
-            # Until its first step it compiles, which takes long and has nothing to lose.
+            # Until its first step a run compiles and has nothing to save: a signal exits at once.
             setup = setup or TrainSetup.create(planned.model, planned.depth, recipe, dataset, mesh)
             result = train_run(
                 setup,
@@ -286,7 +285,7 @@ def train_study(
         try:
             train_seeds(planned)
         except BaseException:
-            failed.set()  # the others save what they have, and nothing new is begun
+            failed.set()  # the other workers save their state and start no new run
             raise
 
     with (
@@ -300,19 +299,21 @@ def train_study(
 
 
 def log_of(model: nn.Module, dataset: Dataset, batch_size: int, mesh: Mesh) -> GradientLog:
-    """Of the gradient on as many images as a step has, the first of the training split."""
+    """Make a log of the gradient on the first `batch_size` training images."""
     images, labels = (array[:batch_size] for array in dataset.train)
     return GradientLog(model, *replicate((dataset.preprocess(images), jnp.asarray(labels)), mesh))
 
 
 def default_workers() -> int:
-    """Two on a CPU, whose cores small networks do not fill; one on what is faster, and where
-    several processes have to do the same at the same time."""
+    """Return 2 for a single CPU device, whose cores a small network does not fill, else 1.
+
+    Faster devices need no second network, and several processes must do the same at the same time.
+    """
     return 2 if jax.default_backend() == "cpu" and jax.device_count() == 1 else 1
 
 
 def describe(result: RunResult) -> str:
-    """A run in a few words."""
+    """Describe a run in a few words."""
     if result.status == "diverged":
         return f"diverged at step {result.diverged_step}, {duration(result.seconds)}"
     if result.status == "unfinished":
@@ -323,7 +324,7 @@ def describe(result: RunResult) -> str:
     )
 
 
-# What to train: arguments, networks, recipe.
+# Arguments, networks and recipe.
 
 
 def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
@@ -334,19 +335,23 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
         "--kinds",
         default="plain,residual",
         type=words,
-        help="of plain, residual and module:function of your own (default: %(default)s)",
+        help="plain, residual or a custom module:function (default: %(default)s)",
     )
     add("--family", default="cifar", help="cifar (default) or imagenet")
     add("--shortcut", help="A (default), B or C, as in section 3.3 of the paper")
-    add("--stem", help="imagenet or small; each family has its own by default")
+    add("--stem", help="imagenet or small (default: the family's own)")
     add("--dataset", default="digits", help="digits (default) or any prepared TFDS data set")
-    add("--data-dir", type=Path, help="where TFDS keeps data sets (default: its own)")
-    add("--train-examples", type=positive(int), help="number of training images to use")
+    add("--data-dir", type=Path, help="TFDS data directory (default: TFDS's own)")
+    add(
+        "--train-examples",
+        type=positive(int),
+        help="number of training images to use (default: all)",
+    )
     add("--seeds", default="0", type=whole_numbers, help="such as 0,1,2 (default: %(default)s)")
     add("--recipe", help="default: digits for digits, he2015-cifar otherwise")
     add("--epochs", type=positive(int), help="length of a run; the schedule scales with it")
-    add("--batch-size", type=positive(int), help="over all devices")
-    add("--learning-rate", type=positive(float), help="the rate after warm-up")
+    add("--batch-size", type=positive(int), help="images per step, over all devices")
+    add("--learning-rate", type=positive(float), help="learning rate after warm-up")
     add("--precision", default="float32", help="float32 (default) or bfloat16")
     add(
         "--checkpoint-every",
@@ -357,17 +362,17 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
     add(
         "--log-gradients",
         action="store_true",
-        help="after each epoch, add the norm of each layer's gradient to a run's gradients.csv",
+        help="log the norm of each layer's gradient after every epoch, to gradients.csv",
     )
     add(
         "--workers",
         type=positive(int),
-        help="networks to train at a time, with the same results (default: 2 on a CPU, else 1)",
+        help="networks to train at a time; results do not change (default: 2 on a CPU, else 1)",
     )
     add(
         "--deterministic",
         action="store_true",
-        help="on a GPU, only algorithms that give the same bits each time",
+        help="on a GPU, use only algorithms that give the same bits each time",
     )
     add(
         "--distributed",
@@ -375,13 +380,11 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
         const="",
         type=process_group,
         metavar="HOST:PORT,PROCESSES,INDEX",
-        help="one of several processes, each started with this command; "
-        "without a value the cluster (SLURM, Cloud TPU, ...) is asked",
+        help="run as one of several processes, all started with this command; "
+        "without a value, ask the cluster (SLURM, Cloud TPU, ...)",
     )
     add("--out", type=Path, help="default: runs/degradation/<dataset>-<family>")
-    add(
-        "--dry-run", action="store_true", help="print grid, steps and an estimate of time, and stop"
-    )
+    add("--dry-run", action="store_true", help="print grid, steps and a time estimate, then exit")
     args = parser.parse(arguments)
 
     check_choice("--family", args.family, ("cifar", "imagenet"))
@@ -393,12 +396,10 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
         if ":" not in kind:
             if found := re.fullmatch(r"([\w.]+)\.(\w+)", kind):
                 raise InputError(
-                    f"--kinds {kind}: write a colon before the function of your own; "
+                    f"--kinds {kind}: separate module and function with a colon; "
                     f"did you mean {found[1]}:{found[2]}?"
                 )
-            check_choice(
-                "--kinds", kind, ("plain", "residual"), " or a module:function of your own"
-            )
+            check_choice("--kinds", kind, ("plain", "residual"), " or a custom module:function")
     for flag, values in (
         ("--depths", args.depths),
         ("--kinds", args.kinds),
@@ -429,7 +430,7 @@ def check_depths(depths: list[int], family: str) -> None:
 
 
 def choose_recipe(args: argparse.Namespace) -> Recipe:
-    """The recipe asked for, with what the command line overrides."""
+    """Return the requested recipe, with the overrides of the command line."""
     default = "digits" if args.dataset == "digits" else "he2015-cifar"
     recipe = RECIPES[args.recipe or default]
     if args.epochs:
@@ -440,8 +441,8 @@ def choose_recipe(args: argparse.Namespace) -> Recipe:
         recipe = replace(recipe, learning_rate=args.learning_rate)
     if recipe.schedule == "plateau":
         raise InputError(
-            f"--recipe {recipe.name} goes by the error on validation images, which a study has "
-            "none of; choose another"
+            f"--recipe {recipe.name} needs validation images, which a study does not have; "
+            "choose another"
         )
     return recipe
 
@@ -452,27 +453,27 @@ def check_batch(recipe: Recipe, num_train: int, args: argparse.Namespace) -> Non
     examples = args.train_examples or num_train
     check_batch_size(recipe.batch_size, examples)
     if recipe.total_steps(examples) >= 2**31:
-        raise InputError("--epochs: a run is at most 2147483647 updates")
+        raise InputError("--epochs: a run must have at most 2147483647 updates")
 
 
 def check_workers(args: argparse.Namespace) -> None:
     if args.workers and args.workers > 1 and jax.device_count() > 1:
-        # Each device would get the programs of two threads in an order of its own, and programs
-        # that wait for their like on the other devices would wait for ever.
+        # Devices could receive the programs of two threads in different orders, and programs that
+        # communicate across devices would then deadlock.
         raise InputError(
-            f"--workers {args.workers} is for a single device, and there are "
+            f"--workers {args.workers} is for a single device, but there are "
             f"{jax.device_count()}, which train one network together; leave it out"
         )
 
 
 def import_builder(kind: str) -> Callable[..., nn.Module]:
-    """The user's `build(depth, num_classes, dtype)`, from the working directory or installed."""
+    """Import the user's `build(depth, num_classes, dtype)`, also from the working directory."""
     module_name, _, function = kind.partition(":")
     sys.path.insert(0, os.getcwd())
     importlib.invalidate_caches()
     try:
         build = getattr(importlib.import_module(module_name), function)
-    except Exception as error:  # whatever the user's own file raises
+    except Exception as error:  # the user's code may raise anything
         raise InputError(f"--kinds {kind}: {type(error).__name__}: {error}") from error
     return build
 
@@ -486,9 +487,9 @@ def plan_network(
     recipe: Recipe,
     builders: dict[str, Callable],
 ) -> Planned:
-    """Build the network, count what it costs, and write down each run of it.
+    """Build a network, count its cost and make the config of each of its runs.
 
-    A config is enough to build the network, the preprocessing and the recipe again.
+    Network, preprocessing and recipe can be rebuilt from a config alone.
     """
     if kind in builders:
         model_config = {"build": kind, "num_classes": dataset.num_classes}
@@ -524,7 +525,7 @@ def plan_network(
 
 
 def define_study(args: argparse.Namespace, dataset: Dataset, recipe: Recipe) -> dict[str, Any]:
-    """Everything that changes a number, apart from the grid itself."""
+    """Collect every setting that affects the results, apart from the grid itself."""
     return {
         "family": args.family,
         "shortcut": args.shortcut or "A",
@@ -542,7 +543,7 @@ def define_study(args: argparse.Namespace, dataset: Dataset, recipe: Recipe) -> 
     }
 
 
-# What to say.
+# Plan and time estimate.
 
 
 def print_plan(
@@ -553,7 +554,7 @@ def print_plan(
     stored: list[Run],
     workers: int,
 ) -> None:
-    """The grid, what is left of it, and how long that will take by small networks of its kind."""
+    """Print the grid, what is left to train, and a time estimate from small networks."""
     steps = recipe.total_steps(len(dataset.train.labels))
     table = Table("kind", "network", "blocks", "parameters", "multiply-adds", "seeds", "steps")
     for planned in plan:
@@ -599,19 +600,19 @@ def print_plan(
     if unfinished < runs:
         of_length += f", {unfinished} of them not finished"
     console.print(
-        f"{of_length}; about {duration(seconds)} here, going by a few steps of small networks"
+        f"{of_length}; about {duration(seconds)} here, judging by a few steps of small networks"
     )
 
 
 def steps_left(result: RunResult | None, steps: int) -> int:
-    """Updates that a run still needs."""
+    """Count the updates that a run still needs."""
     if result is None:
         return steps
     return max(steps - result.step, 0) if result.status == "unfinished" else 0
 
 
 def measure_probes(planned: Planned, dataset: Dataset, recipe: Recipe) -> list[Probe]:
-    """The speed of networks of one and three blocks a stage, or of the user's own network."""
+    """Time networks of one and three blocks a stage, or the user's own network."""
     model = planned.model
     if not isinstance(model, ResNet):
         return [measure(model, planned.depth, planned.cost.work, dataset, recipe)]

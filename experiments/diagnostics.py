@@ -2,10 +2,10 @@
 
     python experiments/diagnostics.py runs/degradation/digits-cifar
 
-For each diagnostic it writes numbers, and a figure, a paragraph and a table made from them, into
-STUDY_DIR/diagnostics, for plain and residual networks of one seed. Names for --only: gradients,
-responses, residuals, construction, landscape, and gradient-log for runs trained with
---log-gradients. --redraw makes the rest again from stored numbers, without the networks.
+Measures the plain and residual networks of one seed. For each diagnostic it writes numbers, and a
+figure, a paragraph and a table made from them, to STUDY_DIR/diagnostics. Names for --only:
+gradients, responses, residuals, construction, landscape, and gradient-log for runs trained with
+--log-gradients. --redraw regenerates the rest from stored numbers, without the networks.
 """
 
 import signal
@@ -96,11 +96,11 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def redraw(args: argparse.Namespace, console: Console) -> int:
-    """Show what the stored numbers say."""
+    """Redraw the figures and print the findings from the stored numbers."""
     out = args.study / "diagnostics"
     names = args.only or [name for name in DIAGNOSTICS if (out / f"{name}.json").exists()]
     if not names or not out.is_dir():
-        raise InputError(f"{out} holds no numbers of a diagnostic; leave out --redraw")
+        raise InputError(f"{out} holds no diagnostic numbers; leave out --redraw")
     with lock_directory(out):
         for name in names:
             try:
@@ -125,7 +125,7 @@ def make_finding(out: Path, name: str) -> Finding:
     return found
 
 
-# What is printed.
+# Printing.
 
 
 def show(console: Console, found: Finding, note: str = "") -> None:
@@ -143,7 +143,7 @@ def show(console: Console, found: Finding, note: str = "") -> None:
 def show_training(
     console: Console, interruption: Interruption, plan: TrainingPlan
 ) -> Iterator[Callable[[Progress], None]]:
-    """Show the progress of a training run; while it has something to save, signals wait for it."""
+    """Show the progress of a training run; signals wait while it has unsaved work."""
     with StudyProgress(console, 0, 1, plan.work) as progress:
         run = progress.start_run(*plan)
         done = Progress(0, 0.0, [])
@@ -156,18 +156,20 @@ def show_training(
 
         yield on_progress
         interruption.unsaved.discard(plan.name)
-        updates = f"{done.step:,} of {plan.total_steps:,} updates" if done.step else "was trained"
+        updates = (
+            f"{done.step:,} of {plan.total_steps:,} updates" if done.step else "already trained"
+        )
         run.end(f"{plan.name}: {updates}")
 
 
-# What there is to look into.
+# Networks and images.
 
 
 def read_study(args: argparse.Namespace) -> Study:
-    """The finished plain and residual networks of one seed, and fixed samples of their images."""
+    """Restore the finished plain and residual networks of one seed, and sample their images."""
     path = args.study
     if not path.is_dir():
-        raise InputError(f"{path} is not the directory of a study; train one with degradation.py")
+        raise InputError(f"{path} is not a study directory; train one with degradation.py")
     runs = read_runs(path)
     networks = [restore_network(path, run) for run in choose_runs(path, runs, args.seed)]
     dataset = load_images(networks[0], args.data_dir)
@@ -182,8 +184,10 @@ def read_study(args: argparse.Namespace) -> Study:
 
 
 def choose_runs(path: Path, runs: list[Run], seed: int | None) -> list[Run]:
-    """The finished runs of plain and residual networks with `seed`, or with the lowest of those
-    that most networks have."""
+    """Choose the finished runs of plain and residual networks with `seed`.
+
+    The default is the seed that most networks have, the lowest if there are several.
+    """
     kinds = ("plain", "residual")
     finished = [run for run in runs if run.kind in kinds and run.result.status == "finished"]
     seeds = [run.seed for run in finished]
@@ -196,7 +200,7 @@ def choose_runs(path: Path, runs: list[Run], seed: int | None) -> list[Run]:
     if seed is None:
         seed = max(known, key=seeds.count)
     if seed not in known:
-        raise InputError(f"--seed is one of {', '.join(map(str, known))}, not {seed}")
+        raise InputError(f"--seed must be one of {', '.join(map(str, known))}, not {seed}")
     return [run for run in finished if run.seed == seed]
 
 
@@ -204,13 +208,13 @@ def restore_network(path: Path, run: Run) -> Network:
     restored = restore(run_directory(path, *run.key))
     model = restored.model
     if not isinstance(model, ResNet) or model.preactivation:
-        raise InputError(f"{path}: {run.kind}-{run.depth} is no ResNet of version 1")
-    # What `remat` computes again cannot be watched.
+        raise InputError(f"{path}: {run.kind}-{run.depth} is not a version 1 ResNet")
+    # Values that `remat` recomputes cannot be captured.
     return Network(run, restored, model.clone(remat=False))
 
 
 def load_images(network: Network, data_dir: Path | None) -> Dataset:
-    """What the study was trained on."""
+    """Load the data set that the study was trained on."""
     own: Any = network.run.config.get("dataset")
     known = isinstance(own, dict) and DATASET_NAME.fullmatch(str(own.get("name")))
     if not known or type(own.get("train_examples")) is not int:
@@ -218,12 +222,14 @@ def load_images(network: Network, data_dir: Path | None) -> Dataset:
     dataset = load_dataset(own["name"], data_dir, own["train_examples"])
     dataset = dataset.resized(network.restored.preprocess.size)
     if dataset.fingerprint() != own.get("sha256"):
-        raise InputError(f"{own['name']} is not what this study was trained with (another sha256)")
+        raise InputError(
+            f"{own['name']} is not the data this study was trained on (sha256 differs)"
+        )
     return dataset
 
 
 def sample(network: Network, split: Split, count: int) -> Images:
-    """The same images each time, normalised, in the order of the split."""
+    """Draw a fixed sample of images, normalised, in the order of the split."""
     rows = np.arange(len(split.labels))
     if count < len(rows):
         rows = np.sort(np.random.default_rng(0).choice(rows, count, replace=False))
@@ -234,24 +240,26 @@ def sample(network: Network, split: Split, count: int) -> Images:
 def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
     parser = ArgumentParser(description=__doc__)
     add = parser.add_argument
-    add("study", type=Path, metavar="STUDY_DIR", help="a study that degradation.py has trained")
+    add("study", type=Path, metavar="STUDY_DIR", help="study directory written by degradation.py")
     add("--only", type=words, help="run only these diagnostics, such as gradients,landscape")
-    add("--seed", type=int, help="seed of the networks (default: the lowest that most have)")
+    add("--seed", type=int, help="seed of the networks (default: the one that most have)")
     add(
         "--images",
         type=positive(int),
         default=512,
         help="images of each split (default: %(default)s)",
     )
-    batch = "training images whose gradient is taken (default: %(default)s)"
+    batch = "training images for the gradients (default: %(default)s)"
     add("--batch", type=positive(int), default=128, help=batch)
     add(
         "--epochs",
         type=positive(int),
-        help="length of `construction` (default: the study's, at most 20)",
+        help="epochs of `construction` (default: the study's, at most 20)",
     )
-    add("--data-dir", type=Path, help="where TFDS keeps data sets (default: its own)")
-    add("--redraw", action="store_true", help="make figures and texts from the stored numbers")
+    add("--data-dir", type=Path, help="TFDS data directory (default: TFDS's own)")
+    add(
+        "--redraw", action="store_true", help="regenerate figures and texts from the stored numbers"
+    )
     args = parser.parse(arguments)
     for name in args.only or ():
         check_choice("--only", name, tuple(DIAGNOSTICS))

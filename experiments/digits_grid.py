@@ -1,10 +1,10 @@
-"""The grid that settled the `digits` recipe: final training error of the plain network of depth 56.
+"""Grid search behind the `digits` recipe: final training error of the plain network of depth 56.
 
     python experiments/digits_grid.py
 
-trains it from two seeds at each learning rate and length of warm-up and prints a table of means.
-The recipe takes the cell with the *lowest* error, so that it is not tuned to make plain networks
-look bad.
+Trains it from two seeds at each learning rate and warm-up length and prints a table of means. The
+recipe takes the cell with the *lowest* error, so that it is not tuned to make plain networks look
+bad.
 """
 
 import signal

@@ -1,11 +1,11 @@
-"""Measure a trained network on a whole split, class by class, and show what it gets wrong.
+"""Evaluate a trained network on a whole split, class by class, and show its worst mistakes.
 
     python experiments/evaluate.py runs/degradation/digits-cifar/residual-18/seed-0
     python experiments/evaluate.py resnet50.pth --model resnet50 --dataset folder:pictures
 
-A run is measured on the data it was trained with, unless --dataset names others of the same
-classes. PyTorch weights are measured on images of the size that the network is published for,
-normalised with ImageNet's mean and standard deviation, as torchvision does it.
+A run is evaluated on its own data set, unless --dataset names another one of the same classes.
+PyTorch weights are evaluated on images of the network's published size, normalised with ImageNet's
+mean and standard deviation, as in torchvision.
 """
 
 import signal
@@ -66,17 +66,17 @@ from flaxnets.training.evaluation import (
 )
 
 WEIGHTS = (".safetensors", ".pth", ".pt", ".th")
-# The share of a picture's shorter side that torchvision's networks are evaluated on, 224 of 256.
+# Crop size relative to a picture's shorter side in torchvision's evaluation: 224 of 256.
 IMAGENET_FRACTION = 0.875
 
 MOST_WRONG = 25  # images on the contact sheet
-MOST_CLASSES = 20  # in the table; of more, the worst and the best 10
+MOST_CLASSES = 20  # in the table; with more, it shows the worst and the best 10
 FILES = ("evaluation.json", "confusion.csv", "confusion.png", "wrong.png")
 
 
 @dataclass(frozen=True)
 class Subject:
-    """A trained network, and the images to measure it on."""
+    """A trained network, and the images to evaluate it on."""
 
     name: str
     origin: dict[str, Any]  # for evaluation.json
@@ -99,8 +99,8 @@ def main(arguments: list[str] | None = None) -> int:
     )
     if logits.shape[1] != len(subject.class_names):
         raise InputError(
-            f"the network of {args.source} tells {logits.shape[1]} classes apart, and its config "
-            f"names {len(subject.class_names)}; it is damaged or not of this library"
+            f"the network of {args.source} has {logits.shape[1]} classes, but its config names "
+            f"{len(subject.class_names)}; it is damaged or was not written by this library"
         )
     evaluation = evaluate_logits(logits, subject.split.labels)
 
@@ -123,11 +123,11 @@ def main(arguments: list[str] | None = None) -> int:
     return 0
 
 
-# What to measure, and on which images.
+# Networks, and images to evaluate them on.
 
 
 def read_run(args: argparse.Namespace) -> Subject:
-    """A run, and images it was trained with or those of --dataset."""
+    """Restore a run, and load images of its own data set or of --dataset."""
     run = restore(args.source, which="best" if args.best else "latest")
     expected = run.preprocess.input_shape
     if args.dataset is None:
@@ -137,11 +137,11 @@ def read_run(args: argparse.Namespace) -> Subject:
         check_classes(name, source.class_names, run.class_names)
         fraction = evaluation_fraction(run.config)
         split = load_split(source, args, name, run.preprocess.image_shape, fraction)
-    # With a `size`, images of any size become those that the network takes.
+    # With a `size`, preprocessing resizes images of any size to the network's.
     preprocess = replace(run.preprocess, image_shape=split.images.shape[1:])
     if preprocess.input_shape != expected:
         raise InputError(
-            f"{name} has images of {times(preprocess.image_shape)}, and the network takes "
+            f"{name} has images of {times(preprocess.image_shape)}, but the network takes "
             f"{times(expected)}; give a --dataset of such images, or folder:PATH"
         )
     return Subject(
@@ -157,7 +157,7 @@ def read_run(args: argparse.Namespace) -> Subject:
 
 
 def load_own_split(run: Restored, args: argparse.Namespace) -> tuple[str, Split]:
-    """Name and split of what a run was trained with: of the training images those it saw."""
+    """Load name and split of a run's own data set; of the training images, those it saw."""
     own: Any = run.config.get("dataset")
     if not is_dataset(own):
         raise InputError(f"the config of {args.source} names no data set; give --dataset")
@@ -173,10 +173,10 @@ def load_own_split(run: Restored, args: argparse.Namespace) -> tuple[str, Split]
                 f"the pictures that {args.source} was trained on were in {folder}, which is gone; "
                 "give the folder where they are now: --dataset folder:NEW"
             )
-        # The run may be a stranger's, and its folder any of this machine.
+        # An untrusted run may name any folder of this machine.
         print(f"reading the folder that the run names: {shorten(folder, 1000)}", flush=True)
     validation = own.get("validation_examples")
-    # What was left out as unreadable then is left out again; the fingerprint tells whether more is.
+    # Training may have skipped unreadable pictures; the fingerprint reveals any further ones.
     source = find_source(name, args.data_dir, streamed, skip_unreadable=True)
     check_classes(name, source.class_names, run.class_names)
     shape, fraction = run.preprocess.image_shape, evaluation_fraction(run.config)
@@ -188,8 +188,8 @@ def load_own_split(run: Restored, args: argparse.Namespace) -> tuple[str, Split]
         dataset = source if streamed else load_pictures(source, shape, fraction)
     if dataset.fingerprint() != own.get("sha256"):
         raise InputError(
-            f"{name} is no longer what this run was trained with (another sha256); "
-            f"to measure it on what is there now, give --dataset {name}"
+            f"{name} is no longer the data this run was trained on (sha256 differs); "
+            f"to evaluate it on the present data, give --dataset {name}"
         )
     labels = dataset.train.labels
     if isinstance(dataset, Dataset):
@@ -203,7 +203,7 @@ def load_own_split(run: Restored, args: argparse.Namespace) -> tuple[str, Split]
 
 
 def is_dataset(value: Any) -> bool:
-    """Whether that is what the config of a run, which may be a stranger's, says of its data."""
+    """Return whether `value` is a valid `dataset` entry of a config, which may be untrusted."""
     if not isinstance(value, dict) or not isinstance(value.get("name"), str):
         return False
     name = value["name"]
@@ -215,18 +215,18 @@ def is_dataset(value: Any) -> bool:
 
 
 def read_weights(args: argparse.Namespace) -> Subject:
-    """PyTorch weights, and images of --dataset."""
+    """Load PyTorch weights, and images of --dataset."""
     model: Any
     model, variables = load_torch(args.model, args.source)
     size = published_image_shape(args.model)[0]
     stem = "stage1_conv1" if args.model.startswith("vgg") else "conv1"
     channels = variables["params"][stem]["kernel"].shape[2]
     if channels not in (1, 3):
-        raise InputError(f"{args.source} takes {channels} channels; give weights of 1 or 3")
+        raise InputError(f"{args.source} takes {channels} channels; give weights for 1 or 3")
     source = find_named_source(args)
     if len(source.class_names) != model.num_classes:
         raise InputError(
-            f"{args.dataset} has {len(source.class_names)} classes, and {args.source} has "
+            f"{args.dataset} has {len(source.class_names)} classes, but {args.source} has "
             f"{model.num_classes}; give a --dataset of the classes it was trained on"
         )
     split = load_split(source, args, args.dataset, (size, size, channels), IMAGENET_FRACTION)
@@ -235,7 +235,7 @@ def read_weights(args: argparse.Namespace) -> Subject:
     shape = split.images.shape[1:]
     if shape[2] != channels:
         raise InputError(
-            f"{args.dataset} has images of {shape[2]} channels, and {args.source} takes "
+            f"{args.dataset} has images of {shape[2]} channels, but {args.source} takes "
             f"{channels}; give a --dataset of such images, or folder:PATH"
         )
     mean, std = imagenet_statistics(channels)
@@ -254,7 +254,7 @@ def read_weights(args: argparse.Namespace) -> Subject:
 def find_source(
     name: str, data_dir: Path | None, streamed: bool = False, skip_unreadable: bool = False
 ) -> DatasetInfo | StreamedDataset:
-    """A data set whose images are still to be read: those of differing sizes as a stream."""
+    """Find a data set without reading its images; those of differing sizes come as a stream."""
     if name.startswith("folder:"):
         path = name.removeprefix("folder:")
         return find_folder(path, skip_unreadable, on_progress=CheckProgress())
@@ -274,7 +274,7 @@ def load_split(
     image_shape: tuple[int, int, int],
     fraction: float,
 ) -> Split:
-    """The split asked for; pictures as images of that shape."""
+    """Load the requested split, with pictures as images of `image_shape`."""
     if isinstance(source, DatasetInfo):
         dataset = load_dataset(name, args.data_dir)
         return dataset.test if args.split == "test" else dataset.train
@@ -290,7 +290,7 @@ def load_pictures(
     height, width, channels = image_shape
     if height != width:
         raise InputError(
-            f"the network takes images of {times(image_shape)}, and pictures are made square; "
+            f"the network takes images of {times(image_shape)}, but pictures are made square; "
             "give a --dataset of such images"
         )
     return load_in_memory(replace(source, channels=channels), height, fraction)
@@ -300,28 +300,28 @@ def check_classes(name: str, found: tuple[str, ...], expected: tuple[str, ...]) 
     if found == expected:
         return
     if len(found) != len(expected):
-        differ = f"{len(found)} classes, and the network has {len(expected)}"
+        differ = f"{len(found)} classes, but the network has {len(expected)}"
     else:
         pairs = zip(found, expected, strict=True)
         number, (ours, theirs) = next(
             (i, pair) for i, pair in enumerate(pairs) if pair[0] != pair[1]
         )
-        differ = f"{ours!r} as class {number}, and the network has {theirs!r}"
+        differ = f"{ours!r} as class {number}, but the network has {theirs!r}"
     raise InputError(f"{name} has {differ}; give a --dataset of the classes it was trained on")
 
 
 def times(shape: tuple[int, ...]) -> str:
-    """`32x32x3`."""
+    """Format a shape as `32x32x3`."""
     return "x".join(map(str, shape))
 
 
-# What to say of it.
+# Output.
 
 
 def print_evaluation(
     console: Console, evaluation: Evaluation, class_names: tuple[str, ...], what: str
 ) -> None:
-    """Loss and errors, then the accuracy of each class or of the worst and the best."""
+    """Print loss and errors, then the accuracy of each class or of the worst and the best."""
     console.print(shorten(f"{what}, {evaluation.count:,} images", 1000), soft_wrap=True)
     table = Table(box=None, show_header=False)
     table.add_column(no_wrap=True)
@@ -391,17 +391,17 @@ def write_confusion(path: Path, confusion: np.ndarray, class_names: tuple[str, .
 
 
 def finite(number: float) -> float | None:
-    """JSON has no NaN."""
+    """Replace NaN and infinity by None, because JSON has neither."""
     return float(number) if math.isfinite(number) else None
 
 
 def ending(text: str, most: int = 50) -> str:
-    """The end of a path, which tells more than its beginning."""
+    """Shorten a path to its end, which is more informative than its beginning."""
     return text if len(text) <= most else f"…{text[1 - most :]}"
 
 
 def draw_wrong(path: Path, logits: np.ndarray, subject: Subject, title: str) -> None:
-    """The images that were misclassified with the greatest confidence."""
+    """Draw the images that were misclassified with the greatest confidence."""
     images, labels = subject.split
     shown = drop_copies(images, most_confidently_wrong(logits, labels, len(labels)), MOST_WRONG)
     probabilities = compute_probabilities(logits[shown])
@@ -417,8 +417,10 @@ def draw_wrong(path: Path, logits: np.ndarray, subject: Subject, title: str) -> 
 
 
 def drop_copies(images: np.ndarray, rows: np.ndarray, most: int) -> np.ndarray:
-    """The first rows, at most `most`, whose images all differ: a data set may have one picture
-    several times."""
+    """Return the first rows, at most `most`, whose images all differ.
+
+    A data set may have one picture several times.
+    """
     different: dict[bytes, int] = {}
     for row in rows:
         different.setdefault(images[row].tobytes(), row)
@@ -433,13 +435,18 @@ def drop_copies(images: np.ndarray, rows: np.ndarray, most: int) -> np.ndarray:
 def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
     parser = ArgumentParser(description=__doc__)
     add = parser.add_argument
-    add("source", type=Path, metavar="RUN_DIR|WEIGHTS", help=f"a run, or {', '.join(WEIGHTS)}")
-    add("--model", metavar="NAME", help="network of the weights, such as resnet50")
+    add(
+        "source",
+        type=Path,
+        metavar="RUN_DIR|WEIGHTS",
+        help=f"run directory, or {', '.join(WEIGHTS)}",
+    )
+    add("--model", metavar="NAME", help="network of the PyTorch weights, such as resnet50")
     add("--dataset", help="a prepared TFDS data set or folder:PATH (default: the run's own)")
-    add("--data-dir", type=Path, help="where TFDS keeps data sets (default: its own)")
+    add("--data-dir", type=Path, help="TFDS data directory (default: TFDS's own)")
     add("--skip-unreadable", action="store_true", help="leave out pictures that cannot be read")
     add("--split", default="test", help="test (default) or train")
-    add("--best", action="store_true", help="the state at the run's lowest validation error")
+    add("--best", action="store_true", help="use the state at the run's lowest validation error")
     add(
         "--out",
         type=Path,
@@ -454,15 +461,15 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
         for flag, value in (("--model", args.model), ("--dataset", args.dataset)):
             if value is None:
                 raise InputError(
-                    f"{args.source} needs {flag}: a file of weights does not say what it is of"
+                    f"{args.source} needs {flag}: a weights file records neither network nor data"
                 )
         if args.best:
-            raise InputError("--best is for a run; a file of weights has one state")
+            raise InputError("--best is for runs; a weights file has only one state")
         create_model(args.model)
     elif args.source.is_file():
         raise InputError(f"{args.source} is neither a run directory nor {', '.join(WEIGHTS)}")
     elif args.model is not None:
-        raise InputError("--model is for a file of weights; a run knows its own network")
+        raise InputError("--model is for weights files; a run records its own network")
     args.out = args.out or default_out(args)
     check_out(args.out)
     return args
@@ -479,7 +486,7 @@ def default_out(args: argparse.Namespace) -> Path:
 
 
 def check_out(out: Path) -> None:
-    """Refuse what can be seen before the slow part."""
+    """Check before the slow part that `out` can be written."""
     try:
         existing = out
         while not existing.exists() and existing != existing.parent:

@@ -2,7 +2,7 @@
 
     python experiments/predict.py runs/train/folder-resnet18/seed-0 cat.jpg dog.png
 
-Each picture is cropped and resized as the test pictures were when the network was evaluated. A
+Each picture is cropped and resized like the test pictures when the network was evaluated. A
 picture that cannot be read is named on stderr, and the others are still classified.
 
 Exit status: 0 if all pictures were classified, 1 if only some of the pictures could be read, 2 if
@@ -44,7 +44,7 @@ def main(arguments: list[str] | None = None) -> int:
     run = restore(args.run, which="best" if args.best else "latest")
     shape, fraction = run.preprocess.image_shape, evaluation_fraction(run.config)
     if shape[2] not in (1, 3):
-        raise InputError(f"the network takes {shape[2]} channels, and pictures have 1 or 3")
+        raise InputError(f"the network takes {shape[2]} channels, but pictures have 1 or 3")
     names, images, problems = read_pictures(args.images, shape, fraction)
     for problem in problems:
         print(f"error: {problem}", file=sys.stderr)
@@ -55,11 +55,13 @@ def main(arguments: list[str] | None = None) -> int:
     logits = compute_logits(run.model, run.variables, run.preprocess, np.stack(images), batch_size)
     if logits.shape[1] != len(run.class_names):
         raise InputError(
-            f"the network of {args.run} tells {logits.shape[1]} classes apart, and its config "
-            f"names {len(run.class_names)}; it is damaged or not of this library"
+            f"the network of {args.run} has {logits.shape[1]} classes, but its config names "
+            f"{len(run.class_names)}; it is damaged or was not written by this library"
         )
     if not np.isfinite(logits).all():
-        raise InputError(f"the network of {args.run} gives no numbers: its training diverged")
+        raise InputError(
+            f"the network of {args.run} outputs NaN or infinity: its training diverged"
+        )
     console = plain_console()
     for name, probabilities in zip(names, compute_probabilities(logits), strict=True):
         console.print(shorten(name, 300), soft_wrap=True)
@@ -70,7 +72,7 @@ def main(arguments: list[str] | None = None) -> int:
 def read_pictures(
     names: list[str], image_shape: tuple[int, int, int], fraction: float
 ) -> tuple[list[str], list[np.ndarray], list[str]]:
-    """Names and images of the readable pictures, and a line on each of the others."""
+    """Read pictures; return names and images of the readable ones and a line on each other one."""
     height, width, channels = image_shape
     centre = partial(fit_box, new_height=height, new_width=width, fraction=fraction)
     readable, images, problems = [], [], []
@@ -98,15 +100,15 @@ def predictions_table(probabilities: np.ndarray, class_names: tuple[str, ...], t
 def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
     parser = ArgumentParser(description=__doc__)
     add = parser.add_argument
-    add("run", type=Path, metavar="RUN_DIR", help="a run, such as runs/train/digits/seed-0")
+    add("run", type=Path, metavar="RUN_DIR", help="run directory, such as runs/train/digits/seed-0")
     add("images", nargs="+", metavar="image", help="JPEG, PNG, WebP or BMP pictures")
-    add("--best", action="store_true", help="the state at the run's lowest validation error")
+    add("--best", action="store_true", help="use the state at the run's lowest validation error")
     add(
         "--top",
         type=positive(int),
         default=5,
         metavar="N",
-        help="classes to show (default: %(default)s)",
+        help="number of classes to show (default: %(default)s)",
     )
     return parser.parse(arguments)
 

@@ -1,8 +1,8 @@
-"""The report of a study: its figure, tables, diagnostics and configuration in one HTML file.
+"""Write the report of a study: figure, tables, diagnostics and configuration in one HTML file.
 
     python experiments/report.py runs/degradation/digits-cifar
 
-The file needs no network and no server. A study that is still being trained may be read too.
+The file needs neither network nor server. The study may still be training.
 """
 
 import signal
@@ -45,8 +45,12 @@ def main(arguments: list[str] | None = None) -> int:
 
 def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
     parser = ArgumentParser(description=__doc__)
-    parser.add_argument("study", type=Path, metavar="STUDY_DIR", help="what degradation.py made")
-    parser.add_argument("--out", type=Path, help="another .html file than STUDY_DIR/report.html")
+    parser.add_argument(
+        "study", type=Path, metavar="STUDY_DIR", help="study directory written by degradation.py"
+    )
+    parser.add_argument(
+        "--out", type=Path, help=".html file to write (default: STUDY_DIR/report.html)"
+    )
     args = parser.parse(arguments)
     try:
         check_study_directory(args.study)
@@ -59,20 +63,22 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
 
 def check_study_directory(study: Path) -> None:
     if not study.exists():
-        raise InputError(f"there is no directory {study}; give that of a study")
+        raise InputError(f"there is no directory {study}; give a study directory")
     if not study.is_dir():
-        raise InputError(f"{study} is a file; give the directory of a study")
+        raise InputError(f"{study} is a file; give a study directory")
     if is_study(study):
         return
     if any((study / name).exists() for name in RUN_FILES):
         above = study.resolve().parents[1]
         advice = (
-            f"give {study / '..' / '..'}, the study it is of"
+            f"give {study / '..' / '..'}, the study it belongs to"
             if is_study(above)
-            else ("give a study, which experiments/degradation.py makes")
+            else ("give a study directory, written by experiments/degradation.py")
         )
         raise InputError(f"{study} is a single run; {advice}")
-    raise InputError(f"{study} is not a study (no study.json); give what degradation.py made")
+    raise InputError(
+        f"{study} is not a study (no study.json); give a directory written by degradation.py"
+    )
 
 
 def is_study(path: Path) -> bool:
@@ -85,9 +91,9 @@ def check_out(out: Path) -> None:
     if out.suffix != ".html":
         raise InputError(f"--out {out} does not end in .html; give a name that does")
     if not out.parent.is_dir():
-        raise InputError(f"--out {out}: there is no directory {out.parent}; make it first")
+        raise InputError(f"--out {out}: there is no directory {out.parent}; create it first")
     if not os.access(out.parent, os.W_OK | os.X_OK):
-        raise InputError(f"--out {out} cannot be written; give a place that can be")
+        raise InputError(f"--out {out} cannot be written; give a writable path")
 
 
 if __name__ == "__main__":

@@ -4,7 +4,7 @@
     python experiments/show.py resnet34                                  the layers of one
     python experiments/show.py resnet34 --compare plain34 --figure f.svg  two, drawn side by side
 
-Multiply-adds are of one image, counted from shapes.
+Multiply-adds are counted per image, from shapes.
 """
 
 import signal
@@ -78,7 +78,7 @@ def networks_table() -> Table:
 
 
 def all_layers(model: nn.Module, shape: tuple[int, ...]) -> list[LayerCost]:
-    """`list_layers` in a fraction of its time: a stage's blocks after its second are like it."""
+    """List layers faster than `list_layers`: later blocks of a stage repeat its second."""
     if not isinstance(model, ResNet):
         return list_layers(model, shape)
     short = model.clone(stage_sizes=[min(blocks, 2) for blocks in model.stage_sizes])
@@ -109,7 +109,7 @@ def layers_table(name: str, shape: tuple[int, ...], layers: list[LayerCost]) -> 
 
 
 def times(shape: tuple[int, ...]) -> str:
-    """`224x224x3`."""
+    """Format a shape as `224x224x3`."""
     return "x".join(map(str, shape))
 
 
@@ -120,37 +120,41 @@ def describe(cost: Cost) -> str:
 
 
 def image_shape(text: str) -> tuple[int, int, int]:
-    """Argument type: `224x224x3`."""
+    """Parse an argument such as `224x224x3`."""
     match = re.fullmatch(r"(\d+)x(\d+)x(\d+)", text)
     height, width, channels = map(int, match.groups()) if match else (0, 0, 0)
     if not (0 < height <= LARGEST and 0 < width <= LARGEST and 0 < channels <= LARGEST):
         raise argparse.ArgumentTypeError(
-            f"{text!r} is not height x width x channels, such as 224x224x3, of at most {LARGEST}"
+            f"{text!r} is not height x width x channels, such as 224x224x3, each at most {LARGEST}"
         )
     return height, width, channels
 
 
 def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
     parser = ArgumentParser(description=__doc__)
-    parser.add_argument("model", nargs="?", metavar="NAME", help="a network; none: list them all")
+    parser.add_argument(
+        "model", nargs="?", metavar="NAME", help="a network (default: list them all)"
+    )
     parser.add_argument(
         "--input",
         type=image_shape,
         metavar="HxWxC",
-        help="shape of an image; default: what the network is published for",
+        help="shape of an image (default: the published one)",
     )
     parser.add_argument("--classes", type=positive(int), metavar="N", help="number of classes")
-    parser.add_argument("--compare", metavar="NAME", help="a second network beside the first")
     parser.add_argument(
-        "--figure", type=Path, metavar="FILE", help="draw to this .svg, .png or .pdf file"
+        "--compare", metavar="NAME", help="a second network, drawn next to the first"
+    )
+    parser.add_argument(
+        "--figure", type=Path, metavar="FILE", help=".svg, .png or .pdf file to draw to"
     )
     args = parser.parse(arguments)
     if args.model is None and (args.figure or args.compare or args.input or args.classes):
         raise InputError("name a network: python experiments/show.py resnet34")
     if args.figure and args.figure.suffix not in SUFFIXES:
-        raise InputError(f"--figure ends in {', '.join(SUFFIXES)}, not {args.figure.name!r}")
+        raise InputError(f"--figure must end in {', '.join(SUFFIXES)}, not {args.figure.name!r}")
     if args.classes and args.classes > LARGEST**2:
-        raise InputError(f"--classes is at most {LARGEST**2}")
+        raise InputError(f"--classes must be at most {LARGEST**2}")
     if args.figure and args.figure.is_dir():
         raise InputError(f"--figure: {args.figure} is a directory")
     if args.figure and not args.figure.parent.is_dir():

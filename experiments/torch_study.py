@@ -1,9 +1,10 @@
-"""The work of the study's default command in PyTorch, for the time it takes.
+"""Time the work of the study's default command in PyTorch.
 
     python experiments/torch_study.py
 
-The six networks of `degradation.py --depths 18,34,56`, the same batches, schedule and evaluations,
-with the settings that make PyTorch fast. Nothing is saved; random numbers are PyTorch's own.
+Trains the six networks of `degradation.py --depths 18,34,56` with the same batches, schedule and
+evaluations, and with the settings that make PyTorch fast. Saves nothing, and uses PyTorch's own
+random numbers.
 """
 
 import time
@@ -63,7 +64,7 @@ def main() -> None:
                 f"{errors['test']:.2f} %, {time.perf_counter() - began:.1f} s",
                 flush=True,
             )
-    print(f"all: {time.perf_counter() - started:.1f} s with PyTorch {torch.__version__}")
+    print(f"total: {time.perf_counter() - started:.1f} s with PyTorch {torch.__version__}")
 
 
 def train_epoch(
@@ -86,7 +87,7 @@ def train_epoch(
 
 @torch.no_grad()
 def error(network: Network, images: torch.Tensor, labels: torch.Tensor) -> float:
-    """Percent misclassified, in evaluation mode."""
+    """Compute the percentage misclassified, in evaluation mode."""
     network.eval()
     pieces = range(0, len(labels), EVAL_BATCH)
     wrong = [

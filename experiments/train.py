@@ -1,12 +1,11 @@
-"""One network on any images.
+"""Train one network on any images.
 
     python experiments/train.py --model cifar_resnet20 --dataset cifar10 --recipe modern-cifar
     python experiments/train.py --model resnet18 --dataset folder:pictures --init-from resnet18.pth
 
 A data set is any prepared TFDS data set or `folder:PATH`, with a folder of pictures for each class
-in PATH/train and PATH/test, or in PATH itself. A recipe (--list-recipes) settles optimizer,
-schedule, length and augmentation; each of its fields can be given another value. The same command
-again continues where it was.
+in PATH/train and PATH/test, or in PATH itself. A recipe (--list-recipes) sets optimizer, schedule,
+length and augmentation, and each of its fields can be overridden. Rerun the same command to resume.
 """
 
 import signal
@@ -87,7 +86,7 @@ from flaxnets.training.recipes import CHOICES, PRESETS, describe_fields
 from flaxnets.training.tensorboard import open_tensorboard
 
 DEFAULT_RECIPE = "adam"
-# Images, decoded, that are kept in memory rather than read again each epoch.
+# Bytes of decoded images to keep in memory; larger data sets are read again each epoch.
 IN_MEMORY = 2**31
 HEAD = "head"
 
@@ -104,7 +103,7 @@ def main(arguments: list[str] | None = None) -> int:
 
     remove_leftovers()
 
-    # What to train on, and how. Everything that can be refused is refused before the slow part.
+    # Everything that can be refused is refused before the slow part.
     recipe = choose_recipe(args)
     out = args.out or default_place(args)
     check_output_dir(out, "run")
@@ -137,7 +136,6 @@ def main(arguments: list[str] | None = None) -> int:
     if args.dry_run:
         return 0
 
-    # Train.
     command = shlex.join(["python", *sys.argv]) if arguments is None else "the same command"
     name = f"{args.model} seed {args.seed}"
     with (
@@ -191,7 +189,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def open_data(args: argparse.Namespace, recipe: Recipe) -> Dataset | StreamedDataset:
-    """The images, in memory or as a stream; which, goes by their size unless it is forced."""
+    """Open the images in memory or as a stream, by their size unless an option forces it."""
     size = recipe.image_size
     if args.dataset.startswith("folder:"):
         streamed = find_folder(
@@ -220,7 +218,7 @@ def open_data(args: argparse.Namespace, recipe: Recipe) -> Dataset | StreamedDat
 def split_off_validation(
     args: argparse.Namespace, dataset: Dataset | StreamedDataset, recipe: Recipe
 ) -> tuple[Any, Any]:
-    """Rows of the training images to train on, and those to validate with."""
+    """Split the rows of the training images into those to train on and those to validate on."""
     labels, images = dataset.train.labels, num_images(dataset.train)
     count = args.validation or 0
     if args.validation is None and (recipe.schedule == "plateau" or args.patience is not None):
@@ -233,7 +231,6 @@ def split_off_validation(
 
 
 def num_images(split: Any) -> int:
-    """Of images."""
     return len(split.labels) if isinstance(split, Split) else len(split)
 
 
@@ -246,7 +243,7 @@ def make_program(
     train_rows: Any,
     validation_rows: Any,
 ) -> TrainSetup:
-    """The data on their way to the devices, and the steps."""
+    """Set up the data pipeline and the train and evaluation steps."""
     mesh = data_mesh()
     more: dict[str, Any] = {
         "optimizer": choose_optimizer(args, recipe, recipe.total_steps(len(train_rows))),
@@ -285,9 +282,11 @@ def choose_preprocess(
     recipe: Recipe,
     start: "Start | None",
 ) -> Preprocess:
-    """Sizes are those of the data. Images are normalised as those were that the weights to start
-    from were trained on; else with the data's own statistics or, as a stream is not read for them,
-    with ImageNet's, as in torchvision's references."""
+    """Choose image sizes by the data, and the statistics for normalisation by the initial weights.
+
+    Without initial weights the statistics are the data's own. A stream is not read for them, and
+    gets ImageNet's, as in torchvision's references.
+    """
     if isinstance(dataset, StreamedDataset):
         size = recipe.image_size or published_image_shape(args.model)[0]
         shape = (size, size, dataset.channels)
@@ -302,18 +301,20 @@ def choose_preprocess(
     return replace(own, mean=mean, std=std)
 
 
-# What to train: arguments, recipe, network, where it starts.
+# Arguments, recipe, network and initial weights.
 
 
 def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
     parser = ArgumentParser(description=__doc__)
     add = parser.add_argument
-    add("--model", help="a name that flaxnets.create_model takes, such as resnet18")
+    add("--model", help="a network of flaxnets.list_models(), such as resnet18")
     add("--dataset", default="digits", help="a TFDS data set or folder:PATH (%(default)s)")
-    add("--data-dir", type=Path, help="where TFDS keeps data sets (default: its own)")
-    add("--recipe", default=DEFAULT_RECIPE, metavar="NAME", help="(%(default)s)")
+    add("--data-dir", type=Path, help="TFDS data directory (default: TFDS's own)")
+    add("--recipe", default=DEFAULT_RECIPE, metavar="NAME", help="see --list-recipes (%(default)s)")
     add(
-        "--list-recipes", action="store_true", help="print all recipes with their sources, and stop"
+        "--list-recipes",
+        action="store_true",
+        help="print all recipes with their sources, then exit",
     )
     add("--seed", type=int, default=0, help="(%(default)s)")
     add("--validation", type=positive(int), metavar="N", help="hold out N training images")
@@ -322,14 +323,19 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
         type=positive(int),
         metavar="N",
         help="stop N epochs after the lowest validation error; "
-        "holds out a tenth of the training images unless --validation says how many",
+        "holds out a tenth of the training images unless --validation is given",
     )
-    add("--init-from", type=Path, metavar="PATH", help="weights of a run, or a PyTorch file")
+    add(
+        "--init-from",
+        type=Path,
+        metavar="PATH",
+        help="initial weights: a run directory or a PyTorch file",
+    )
     add("--freeze-backbone", action="store_true", help="train only the classifier (head)")
     add("--precision", default="float32", help="float32 (default) or bfloat16")
-    add("--stream", action="store_true", help="read the pictures again in each epoch")
-    add("--in-memory", action="store_true", help="read all pictures once")
-    add("--data-workers", type=int, default=0, metavar="N", help="processes that read pictures (0)")
+    add("--stream", action="store_true", help="read the pictures again every epoch")
+    add("--in-memory", action="store_true", help="read all pictures once and keep them in memory")
+    add("--data-workers", type=int, default=0, metavar="N", help="reader processes (0)")
     add("--skip-unreadable", action="store_true", help="leave out pictures that cannot be read")
     add("--tensorboard", action="store_true", help="also write the metrics as TensorBoard events")
     add(
@@ -339,10 +345,10 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
         metavar="INTERVAL",
         help="time or steps between checkpoints, such as 500s or 2000steps (%(default)s)",
     )
-    add("--deterministic", action="store_true", help="on a GPU, the same bits each time")
+    add("--deterministic", action="store_true", help="on a GPU, give the same bits each time")
     add("--out", type=Path, help="default: runs/train/<dataset>-<model>-<recipe>/seed-<seed>")
-    add("--dry-run", action="store_true", help="print what would be done, and stop")
-    group = parser.add_argument_group("fields of the recipe, in place of its own")
+    add("--dry-run", action="store_true", help="print the plan, then exit")
+    group = parser.add_argument_group("overrides of the recipe's fields")
     descriptions = describe_fields()
     for field in recipe_fields():
         flag = f"--{field.name.replace('_', '-')}"
@@ -353,7 +359,7 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
     if args.list_recipes:
         return args
     if args.model is None:
-        raise InputError("--model is needed, such as --model resnet18 (--help lists the options)")
+        raise InputError("--model is required, such as --model resnet18 (--help lists the options)")
     create_model(args.model)
     check_choice("--precision", args.precision, tuple(DTYPES))
     check_choice("--recipe", args.recipe, tuple(RECIPES))
@@ -362,7 +368,7 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
     if args.stream and args.in_memory:
         raise InputError("--stream and --in-memory exclude each other; give one")
     if args.data_workers < 0:
-        raise InputError("--data-workers is 0 (threads of this process) or more")
+        raise InputError("--data-workers must be 0 (threads of this process) or more")
     if args.tensorboard and not importlib.util.find_spec("tensorboardX"):
         raise InputError("--tensorboard needs tensorboardX: pip install -e '.[tensorboard]'")
     if args.freeze_backbone and args.init_from is None:
@@ -372,7 +378,7 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
         )
     if not is_network(args.model):
         raise InputError(
-            f"--model {args.model}: networks of up to {DEEPEST} layers can be restored"
+            f"--model {args.model}: only networks of up to {DEEPEST} layers can be restored"
         )
     args.depth = count_depth(create_model(args.model), published_image_shape(args.model))
     return args
@@ -383,14 +389,14 @@ def recipe_fields() -> list[Any]:
 
 
 def choose_recipe(args: argparse.Namespace) -> Recipe:
-    """The recipe asked for, with the fields given on the command line."""
+    """Return the requested recipe, with the fields given on the command line."""
     hints = typing.get_type_hints(Recipe)
     given = {
         field.name: parse_field(field.name, hints[field.name], getattr(args, field.name))
         for field in recipe_fields()
         if getattr(args, field.name) is not None
     }
-    # One length replaces the other.
+    # A recipe has either `epochs` or `steps`: giving one unsets the other.
     if "epochs" in given and "steps" not in given:
         given["steps"] = None
     if "steps" in given and "epochs" not in given:
@@ -399,7 +405,7 @@ def choose_recipe(args: argparse.Namespace) -> Recipe:
 
 
 def parse_field(name: str, kind: Any, text: str) -> Any:
-    """The value of a recipe's field, of its annotated type."""
+    """Parse the value of a recipe's field by its annotated type."""
     flag = f"--{name.replace('_', '-')}"
     kinds = typing.get_args(kind) if isinstance(kind, types.UnionType) else (kind,)
     if name in CHOICES:
@@ -435,7 +441,7 @@ def recipes_table() -> Table:
 def check_batch(recipe: Recipe, num_train: int) -> None:
     check_batch_size(recipe.batch_size, num_train)
     if not 0 < recipe.total_steps(num_train) < 2**31:
-        raise InputError("--epochs and --steps: a run is 1 to 2147483647 updates")
+        raise InputError("--epochs and --steps: a run must have 1 to 2147483647 updates")
 
 
 def default_place(args: argparse.Namespace) -> Path:
@@ -453,7 +459,7 @@ def plan_run(
     num_train: int,
     num_validation: int,
 ) -> tuple[nn.Module, Any, dict[str, Any]]:
-    """The network, its cost, and the config from which all is built again."""
+    """Build the network, count its cost and make the config that can rebuild everything."""
     model = create_model(args.model, dataset.num_classes, dtype=DTYPES[args.precision])
     streamed = isinstance(dataset, StreamedDataset)
     augmentation = Augmentation() if streamed else dataset.augmentation
@@ -462,7 +468,7 @@ def plan_run(
     except InputError as error:
         raise InputError(f"{error}; give a larger --image-size") from error
     folder = args.dataset.removeprefix("folder:")
-    # The name is as it was typed, perhaps relative to another directory than the next command's.
+    # The name is as typed, and the next command may run in another directory.
     place = {} if folder == args.dataset else {"path": os.path.abspath(folder)}
     config = {
         "kind": args.model,
@@ -511,19 +517,21 @@ def choose_optimizer(
 
 
 class Start(NamedTuple):
-    """Weights of --init-from."""
+    """Initial weights, from --init-from."""
 
-    variables: dict[str, Any] | None  # gone, and needed no more
+    variables: dict[str, Any] | None  # None if their source is gone and no longer needed
     keeps_head: bool
-    preprocess: Preprocess | None  # PyTorch weights do not say
-    origin: dict[str, str]  # for the config
+    preprocess: Preprocess | None  # None for PyTorch weights, which do not record it
+    origin: dict[str, str]  # recorded in the config
 
 
 def read_start(
     args: argparse.Namespace, dataset: Dataset | StreamedDataset, begun: dict[str, Any] | None
 ) -> Start | None:
-    """The weights of --init-from; `begun` is the config of a run that has started already, and
-    which needs them no more."""
+    """Read the weights of --init-from.
+
+    `begun` is the config of a run that has a checkpoint, and so no longer needs them.
+    """
     path = args.init_from
     if path is None:
         return None
@@ -540,7 +548,7 @@ def read_start(
             if no_longer_needed is None:
                 raise
             return no_longer_needed
-        # Runs from before have the step in place of a digest.
+        # Older runs recorded the step instead of a digest.
         former = {"path": str(path), "digest": f"step {run.step}"}
         return Start(
             jax.device_get(run.variables),
@@ -552,12 +560,12 @@ def read_start(
         raise InputError(f"--init-from {path}: there is no such run directory or file")
     _, variables = flaxnets.load_torch(args.model, path, num_classes=dataset.num_classes)
     of_file = hashlib.sha256(path.read_bytes()).hexdigest()
-    # `load_torch` has made a new head where the classes differ.
+    # `load_torch` has made a new head if the classes differ.
     return Start(variables, True, None, {"path": str(path), "digest": of_file})
 
 
 def digest(variables: dict[str, Any]) -> str:
-    """sha256 over the names and values of all arrays."""
+    """Compute the sha256 of the names and values of all arrays."""
     sha256 = hashlib.sha256()
     for path, leaf in jax.tree.leaves_with_path(variables):
         sha256.update(jax.tree_util.keystr(path).encode())
@@ -568,7 +576,7 @@ def digest(variables: dict[str, Any]) -> str:
 def begin_from(
     start: Start | None, args: argparse.Namespace, model: nn.Module, preprocess: Preprocess
 ) -> Callable[[TrainState], TrainState]:
-    """What turns the first state of a run into one with the weights to start from."""
+    """Make a function that puts the initial weights into the first state of a run."""
     if start is None:
         return lambda state: state
     weights = start.variables
@@ -576,7 +584,7 @@ def begin_from(
 
         def refuse(state: TrainState) -> TrainState:
             raise InputError(
-                f"--init-from {args.init_from} is gone, and this run has to start anew"
+                f"--init-from {args.init_from} is gone, but this run has to restart from it"
             )
 
         return refuse
@@ -599,8 +607,10 @@ def begin_from(
 
 
 def require_matching_params(own: Any, other: Any, keeps_head: bool, path: Path) -> Any:
-    """`own` with the arrays of `other`, which must be of the same names and shapes; but for those
-    of the head where that is new."""
+    """Return the arrays of `other`, which must match `own` in names and shapes.
+
+    Without `keeps_head`, the head comes from `own`.
+    """
     if not keeps_head:
         other = {**other, HEAD: own[HEAD]}
     shapes = [
@@ -619,7 +629,7 @@ def require_matching_params(own: Any, other: Any, keeps_head: bool, path: Path) 
 
 @contextlib.contextmanager
 def open_run(out: Path, config: dict[str, Any]) -> Iterator[None]:
-    """Make `out` the directory of this run, and this process the only one that writes to it."""
+    """Create and lock `out`, the directory of this run."""
     with storage_errors(out / "config.json", 0):
         out.mkdir(parents=True, exist_ok=True)
     with lock_directory(out):
@@ -629,7 +639,7 @@ def open_run(out: Path, config: dict[str, Any]) -> Iterator[None]:
 
 
 def read_begun(out: Path) -> dict[str, Any] | None:
-    """The config of the run in `out`, if it has a checkpoint."""
+    """Read the config of the run in `out`, if it has a checkpoint."""
 
     def read(newest: Checkpoints) -> dict[str, Any] | None:
         if newest.step is None:
@@ -642,15 +652,15 @@ def read_begun(out: Path) -> dict[str, Any] | None:
 
 
 def write_environments(out: Path) -> None:
-    """`environment.json`: those in which the run has been trained, in their order."""
+    """Write `environment.json`: the environments in which the run was trained, in order."""
     with Checkpoints(out, read_only=True) as checkpoints:
         environments = checkpoints.read_environments() if checkpoints.step is not None else []
-    if environments:  # none are known of a run from before they were recorded
+    if environments:  # older runs did not record them
         write_atomic(out / "environment.json", json.dumps(environments, indent=2) + "\n")
 
 
 def describe(result: RunResult, best_step: int | None) -> str:
-    """A run in a few words; `best_step` is that of the best state, if it is kept."""
+    """Describe a run in a few words; `best_step` is the step of the best state, if it is kept."""
     if result.status == "unfinished":
         return f"stopped at step {result.step}"
     if result.status == "diverged":

@@ -10,35 +10,37 @@ ABBREVIATIONS = {"bs": "batchsize", "lr": "learningrate", "wd": "weightdecay"}
 
 
 class InputError(ValueError):
-    """What was asked for cannot be done; the message says what to do instead."""
+    """Invalid user input; the message says what to do instead."""
 
     def __init__(self, message: object) -> None:
         super().__init__(printable(message))
 
 
 class StorageError(OSError):
-    """Something could not be written; the message names the path, the reason and the space it
-    needs. What was saved before is intact."""
+    """A failed write; the message names the path, the reason and the space needed.
+
+    Everything saved before is intact.
+    """
 
     def __init__(self, message: object) -> None:
         super().__init__(printable(message))
 
 
 class FallbackWarning(UserWarning):
-    """Something else is used in place of what was expected."""
+    """A fallback is used in place of what was expected."""
 
     def __init__(self, message: object) -> None:
         super().__init__(printable(message))
 
 
 class DamageWarning(FallbackWarning):
-    """Something stored is not as it was written, and something older or repaired is used."""
+    """Stored data is damaged, and an older or repaired copy is used."""
 
 
 def nearest(word: str, known: Iterable[str]) -> str:
-    """`"; did you mean X?"` for the known word nearest to `word`, or an empty string.
+    """Return `"; did you mean X?"` for the known word nearest to `word`, or an empty string.
 
-    Case, dashes and underscores do not count, and usual abbreviations are known.
+    Case, dashes and underscores are ignored, and common abbreviations are expanded.
     """
 
     def normalise(name: str) -> str:

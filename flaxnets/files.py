@@ -1,4 +1,4 @@
-"""Files written whole or not at all, and what to say when they cannot be."""
+"""Atomic file writes, and clear errors when they fail."""
 
 import errno
 import os
@@ -11,16 +11,16 @@ from pathlib import Path
 from flaxnets.errors import StorageError
 from flaxnets.text import megabytes
 
-INTACT = "what was saved before is intact, and the same command goes on from there"
+INTACT = "everything saved before is intact, and rerunning the command resumes from there"
 
 
 def write_atomic(path: Path, content: str | bytes) -> None:
-    """Write `path` so that whoever reads it, at any time, finds the old content or all of the new.
+    """Write `path` atomically: a reader finds either the old content or all of the new.
 
-    Text is written in UTF-8.
+    Text is encoded as UTF-8.
 
     Raises:
-      StorageError: it cannot be written; the old content is still there.
+      StorageError: the file cannot be written; the old content is intact.
     """
     data = content.encode() if isinstance(content, str) else content
     temporary = path.with_name(f".{path.name}.tmp")
@@ -28,20 +28,22 @@ def write_atomic(path: Path, content: str | bytes) -> None:
         if path.is_dir():
             raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
         try:
-            temporary.unlink(missing_ok=True)  # never through a link, wherever it leads
+            temporary.unlink(missing_ok=True)  # never write through a link
             with temporary.open("xb") as file:
                 file.write(data)
                 file.flush()
                 os.fsync(file.fileno())
             temporary.replace(path)
         except OSError:
-            temporary.unlink(missing_ok=True)  # half a file takes up space
+            temporary.unlink(missing_ok=True)  # a partial file takes up space
             raise
 
 
 def set_aside(path: Path, suffix: str) -> Path:
-    """Rename `path` to the first free one of `path.suffix`, `path.suffix-2` ..., which is returned:
-    what it holds may be needed by somebody."""
+    """Rename `path` to the first free one of `path.suffix`, `path.suffix-2` ..., and return that.
+
+    The content is kept because somebody may still need it.
+    """
     aside, number = path.with_name(f"{path.name}.{suffix}"), 1
     while aside.exists() or aside.is_symlink():
         number += 1
@@ -54,16 +56,16 @@ def set_aside(path: Path, suffix: str) -> Path:
 def storage_errors(path: Path, size: int) -> Iterator[None]:
     """Turn any failure to write `size` bytes at `path` into one line that says what to do.
 
-    Libraries report such failures in many ways (and hide the system's own error number in a text);
-    so the place itself is asked what is wrong with it. An error that has another reason passes.
+    Libraries report such failures in many ways, and some bury the system's error number in text, so
+    the file system itself is checked for the cause. Errors with another cause propagate unchanged.
 
     Raises:
-      StorageError: there is no space, no permission or no such directory any more.
+      StorageError: there is no space or no permission, or the directory no longer exists.
     """
     try:
         yield
     except Exception as error:
-        # The outer of two speaks: a checkpoint needs more than the file that was the last straw.
+        # Report the outer path: its size is the whole checkpoint's, not the failed file's.
         cause = error.__cause__ if isinstance(error, StorageError) else error
         reason = _reason(path, size, cause)
         if reason is None:
@@ -82,8 +84,8 @@ def _reason(path: Path, size: int, error: BaseException | None) -> str | None:
         return f"the directory {place} is gone"
     free = shutil.disk_usage(place).free
     if number in (errno.ENOSPC, errno.EDQUOT) or free < size or "space left" in str(error):
-        needs = f"it needs about {megabytes(size)}, and {megabytes(free)} are free"
-        return f"{needs}; make space; {INTACT}"
+        needs = f"it needs about {megabytes(size)}, and {megabytes(free)} is free"
+        return f"{needs}; free up space; {INTACT}"
     if not os.access(place, os.W_OK | os.X_OK):
         return f"no permission to write in {place}; {INTACT}"
     return os.strerror(number) if number else None

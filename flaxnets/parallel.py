@@ -1,9 +1,9 @@
-"""Data-parallel training over every device, of one process or of several.
+"""Data-parallel training over all devices of one or more processes.
 
-One mesh, two shardings: the state is replicated and the batch is split along the mesh's `data`
-axis; XLA's partitioner adds the communication. BatchNorm sees the whole batch without knowing of
-the mesh. Several processes (one a host, as a rule) run the same program; the first is the primary
-one and alone writes files that are not Orbax's.
+One mesh, two shardings: the state is replicated, and the batch is split along the mesh's `data`
+axis. XLA's partitioner adds the communication, so BatchNorm sees the whole batch without referring
+to the mesh. Several processes (usually one per host) run the same program. The first is the primary
+process, and it alone writes files other than Orbax's.
 """
 
 import os
@@ -19,37 +19,40 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from flaxnets.errors import InputError
 
-# A process that has not been heard of for so long is taken for dead.
+# Seconds without a heartbeat before a process is considered dead.
 HEARTBEAT_SECONDS = 30
 
 
 def data_mesh(devices: Sequence[Any] | None = None) -> Mesh:
-    """A mesh with one axis, `data`, over `devices` (all there are, unless given)."""
+    """Create a mesh with one axis, `data`, over `devices` (by default, all of them)."""
     devices = jax.devices() if devices is None else devices
-    # Auto axes: explicit ones refuse the gather that takes a batch out of a data set on the device.
+    # Auto axes: explicit ones reject the gather that takes a batch from a data set on the device.
     return jax.make_mesh((len(devices),), ("data",), axis_types=(AxisType.Auto,), devices=devices)
 
 
 def replicated(mesh: Mesh) -> NamedSharding:
-    """The same array on every device."""
+    """Return the sharding that replicates an array on every device."""
     return NamedSharding(mesh, PartitionSpec())
 
 
 def split_batch(mesh: Mesh) -> NamedSharding:
-    """The leading axis, which must divide by the number of devices, split over them."""
+    """Return the sharding that splits the leading axis over the devices.
+
+    The axis must be divisible by the number of devices.
+    """
     return NamedSharding(mesh, PartitionSpec("data"))
 
 
 def replicate(tree: Any, mesh: Mesh) -> Any:
-    """A copy of every array of `tree` on every device of `mesh`."""
+    """Copy every array of `tree` to every device of `mesh`."""
     if jax.process_count() == 1:
-        # `device_put` may alias its input, and train steps donate theirs.
+        # Train steps donate their state, so the copy must not alias its input.
         return jax.device_put(tree, replicated(mesh), may_alias=False)
     return jax.tree.map(lambda leaf: _replicate_everywhere(leaf, replicated(mesh)), tree)
 
 
 def _replicate_everywhere(leaf: Any, sharding: NamedSharding) -> jax.Array:
-    """Onto the devices of other processes too, which have (and compare) the same array."""
+    """Replicate an array over all processes, each of which holds (JAX checks) the same one."""
     if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
         data = _replicate_everywhere(jax.random.key_data(leaf), sharding)
         return jax.jit(jax.random.wrap_key_data, out_shardings=sharding)(data)
@@ -57,18 +60,18 @@ def _replicate_everywhere(leaf: Any, sharding: NamedSharding) -> jax.Array:
 
 
 def start_processes(address: str | None, count: int | None, index: int | None) -> None:
-    """Join the other processes of this run, before anything else is done with JAX.
+    """Join the other processes of this run. Call it before any other use of JAX.
 
     Args:
-      address: `host:port` of the primary process; None, with the others, to ask the cluster
-        (SLURM, Open MPI, Kubernetes, Cloud TPU), as `jax.distributed.initialize` does.
-      count: how many processes there are.
-      index: which one this is; 0 is the primary one.
+      address: `host:port` of the primary process. If all three arguments are None, the cluster
+        (SLURM, Open MPI, Kubernetes, Cloud TPU) is asked, as in `jax.distributed.initialize`.
+      count: number of processes.
+      index: index of this process; 0 is the primary one.
 
     Raises:
-      InputError: no cluster was found, or the others cannot be reached.
+      InputError: no cluster was found, or the other processes cannot be reached.
     """
-    # It would take SIGTERM for itself before the work begins, and do nothing with it.
+    # JAX's preemption service would swallow SIGTERM.
     jax.config.update("jax_enable_preemption_service", False)
     try:
         jax.distributed.initialize(
@@ -88,19 +91,19 @@ def start_processes(address: str | None, count: int | None, index: int | None) -
 
 
 def is_primary() -> bool:
-    """Whether this process writes the files."""
+    """Return whether this process writes the files."""
     return jax.process_index() == 0
 
 
 def process_max(number: int) -> int:
-    """The greatest `number` of all processes, which must ask together."""
+    """Return the maximum of `number` over all processes, which must all call this."""
     if jax.process_count() == 1:
         return number
     return int(multihost_utils.process_allgather(np.int64(number)).max())
 
 
 def gather_texts(text: str) -> list[str]:
-    """The `text` of every process, which must ask together."""
+    """Return the `text` of every process; all processes must call this."""
     if jax.process_count() == 1:
         return [text]
     data = np.frombuffer(text.encode(), np.uint8)
@@ -113,7 +116,10 @@ def gather_texts(text: str) -> list[str]:
 
 @contextmanager
 def raise_on_all_processes() -> Iterator[None]:
-    """What one process refuses, all refuse. Inside, no process may wait for another."""
+    """Raise the first `InputError` of any process on all of them.
+
+    Inside, no process may wait for another.
+    """
     message = ""
     try:
         yield
@@ -127,9 +133,9 @@ def raise_on_all_processes() -> Iterator[None]:
 
 
 def make_deterministic() -> None:
-    """Have XLA choose the same algorithms for the same program each time, on GPUs too.
+    """Make XLA choose the same algorithms for the same program every time, on GPUs too.
 
-    Before anything is done with JAX. On CPUs and TPUs that is so without it.
+    Call it before any other use of JAX. CPUs and TPUs are deterministic without it.
     """
     flags = os.environ.get("XLA_FLAGS", "")
     os.environ["XLA_FLAGS"] = f"{flags} --xla_gpu_deterministic_ops=true".strip()

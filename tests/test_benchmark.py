@@ -96,9 +96,9 @@ def run_fakes(benchmark, capsys, tmp_path, monkeypatch):
         (["--models", "cifar_resnet20v2"], "ResNets of version 1"),
         (["--models", "keras_resnet20v1", "--against", "flax-example"], "ResNets of version 1"),
         (["--against", "torhc"], "did you mean torch?"),
-        (["--against", "ours"], "--against is one of torch,"),
-        (["--against", ""], "--against is one of torch,"),
-        (["--precision", "float16"], "--precision is one of float32, bfloat16"),
+        (["--against", "ours"], "--against must be one of torch,"),
+        (["--against", ""], "--against must be one of torch,"),
+        (["--precision", "float16"], "--precision must be one of float32, bfloat16"),
         (["--batch-size", "0"], "above 0"),
         (["--image-size", "-1"], "above 0"),
         (["--rounds", "1.5"], "a whole number above 0"),
@@ -222,14 +222,14 @@ def test_without_ours_there_is_nothing_to_compare(run_fakes):
     status, out, _, report = run_fakes({"ours": {"raises": True}, "torch": {}})
     assert status == 1
     assert "cifar_resnet8, ours: could not run: RuntimeError: no compiler" in out
-    assert "nothing of ours" in report["models"][0]["contenders"]["torch"]["could_not_run"]
+    assert "nothing to compare" in report["models"][0]["contenders"]["torch"]["could_not_run"]
 
 
 @pytest.mark.parametrize("loss", [2.01, float("nan")])
 def test_another_function_is_not_timed(run_fakes, loss):
     status, out, err, _ = run_fakes({"ours": {}, "torch": {"loss": loss}})
     assert status == 1
-    assert f"cifar_resnet8: torch computes another function: its loss is {loss:.6g}" in err
+    assert f"cifar_resnet8: torch computes a different function: its loss is {loss:.6g}" in err
     assert err.count("\n") == 1
     assert "rounds" not in out
     status, *_ = run_fakes({"ours": {}, "torch": {"loss": 2.01}}, "--precision", "bfloat16")
@@ -245,7 +245,7 @@ def test_time_that_is_over(run_fakes):
     assert "not ready" in report["models"][0]["contenders"]["slow"]["could_not_run"]
     assert 1 <= len(report["models"][0]["contenders"]["ours"]["rounds"]) < 100
     assert report["left_out"] == ["cifar_resnet10"]
-    assert "left out, with the 4 s over: cifar_resnet10" in out
+    assert "left out, at the limit of 4 s: cifar_resnet10" in out
 
 
 def test_ctrl_c_stops_all(tmp_path):

@@ -65,7 +65,7 @@ def test_few_seeds_are_shown_one_by_one_and_many_as_an_interval():
     assert "plain 8 to 14" in few
     assert "+3.00, -0.50" in few
     many = printed([networks({8: [1.0] * 5, 14: [2.0, 3.0, 4.0, 5.0, 6.0]})])
-    assert "+3.00 in the mean of 5 seeds, 95 % bootstrap interval +" in many
+    assert "+3.00 on average over 5 seeds, 95 % bootstrap interval +" in many
 
 
 def test_one_depth_is_not_compared():

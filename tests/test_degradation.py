@@ -100,7 +100,7 @@ BAD_INPUT = [
     ("--depths 8 more", "unknown argument more"),
     ("--depths 8 --kinds residul", "did you mean residual?"),
     ("--depths 8 --kinds plain,plain", "--kinds repeats plain"),
-    ("--depths 8 --kinds=", "plain, residual or a module:function"),
+    ("--depths 8 --kinds=", "plain, residual or a custom module:function"),
     ("--depths 8 --kinds nowhere:build", "No module named 'nowhere'"),
     ("--depths 8 --kinds my_nets:missing", "no attribute 'missing'"),
     ("--depths 8 --kinds my_nets:broken", "RuntimeError: no such network"),
@@ -142,10 +142,10 @@ BAD_INPUT = [
     ("--depths 8 --dataset CIFAR10", "did you mean cifar10?"),
     ("--depths 8 --dataset folder:pictures", "is read by experiments/train.py"),
     ("--depths 8 --kinds my_nets.build", "did you mean my_nets:build?"),
-    ("--depths 8 --checkpoint-every 5", "'5' is not a time or steps"),
-    ("--depths 8 --checkpoint-every 0s", "not a time or steps"),
-    ("--depths 8 --checkpoint-every 1.5steps", "not a time or steps"),
-    ("--depths 8 --checkpoint-every nans", "not a time or steps"),
+    ("--depths 8 --checkpoint-every 5", "'5' is not a time or a number of steps"),
+    ("--depths 8 --checkpoint-every 0s", "not a time or a number of steps"),
+    ("--depths 8 --checkpoint-every 1.5steps", "not a time or a number of steps"),
+    ("--depths 8 --checkpoint-every nans", "not a time or a number of steps"),
     ("--depths 8 --distributed localhost", "not HOST:PORT,PROCESSES,INDEX"),
     ("--depths 8 --distributed localhost:1234,2,2", "not HOST:PORT,PROCESSES,INDEX"),
     # Directories.
@@ -187,7 +187,7 @@ def test_batch_that_does_not_divide_by_the_devices(command, degradation, monkeyp
     monkeypatch.setattr(degradation.jax, "device_count", lambda: 3)
     status, _, err = command("--depths", "8")
     assert status == 2
-    assert "does not divide by the 3 devices; give a multiple of 3" in err
+    assert "is not divisible by the 3 devices; give a multiple of 3" in err
 
 
 def test_help_names_every_option(command, capsys):
@@ -353,7 +353,7 @@ def test_gradients_of_finished_runs_are_not_logged(study, command, tmp_path):
     (out / "plain-8" / "seed-0" / "gradients.csv").touch()
     status, printed, _ = command(*study.arguments[:-1], str(out), "--log-gradients")
     assert status == 0
-    line = "finished before, so that no gradients are logged: "
+    line = "already finished, so no gradients are logged: "
     assert f"{line}{out / 'residual-8' / 'seed-0'}\n" in printed
 
 
@@ -378,7 +378,7 @@ def test_runs_in_the_wrong_place_are_left_out(study, command, tmp_path):
     shutil.copytree(out / "plain-8", out / "backup")
     status, _, err = command(*study.arguments[:-1], str(out))
     assert status == 0
-    assert f"{out}/backup/seed-0 is left out: it is the run plain 8 0" in err
+    assert f"{out}/backup/seed-0 is left out: it holds the run plain 8 0" in err
     assert len(summary(out)) == 2
 
 
@@ -388,7 +388,7 @@ def test_a_copied_run_is_not_taken_for_another_seed(study, command, tmp_path):
     before = states(out)
     status, _, err = command(*study.arguments[:-1], str(out), "--seeds", "0,1")
     assert status == 2
-    assert f"{out}/plain-8/seed-1: it is the run plain 8 0; move it away" in err
+    assert f"{out}/plain-8/seed-1: it holds the run plain 8 0; move it away" in err
     assert states(out) == before
 
 
@@ -453,7 +453,7 @@ def test_dry_run_knows_what_is_finished(study, command, degradation, monkeypatch
     # Ten seconds to compile, and two epochs whose evaluation takes as long as 4.68 steps of each.
     assert out.splitlines()[-1] == (
         "2 runs of 22 updates, 1 of them not finished; about 0:41 here, "
-        "going by a few steps of small networks"
+        "judging by a few steps of small networks"
     )
 
 

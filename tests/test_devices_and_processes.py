@@ -153,7 +153,7 @@ def test_different_commands_are_refused(arguments, tmp_path, more, difference):
     for status, err in finish_two(processes):
         assert status == 2, err
         assert difference in err
-        assert "there is process 0 and here is process 1" in err
+        assert "'there' is process 0, 'here' is process 1" in err
     assert not out.exists()
 
 

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from matplotlib.colors import to_hex
 
-from flaxnets import InputError, figures
+from flaxnets import InputError
 from flaxnets.diagnostics import (
     DIAGNOSTICS,
     Construction,
@@ -30,6 +30,7 @@ from flaxnets.diagnostics.finding import significant, span
 from flaxnets.diagnostics.gradients import BARE, END, START, describe_flow
 from flaxnets.diagnostics.landscape import interpolate
 from flaxnets.diagnostics.panels import round_ticks
+from flaxnets.reporting import figures
 from flaxnets.reporting.figures import colour_depths
 
 NETWORKS = ("plain-8", "plain-14", "residual-8", "residual-14")
@@ -431,7 +432,7 @@ def test_numbers_that_are_not_finite_are_null(tmp_path):
         (lambda v: {**v, "more": 1}, "does not have the fields"),
         (lambda v: {**v, "images": "128"}, "images is not of the type int"),
         (lambda v: {**v, "images": True}, "images is not of the type int"),
-        (lambda v: {**v, "norms": {}}, "its moments are other ones"),
+        (lambda v: {**v, "norms": {}}, "its moments are not the expected ones"),
         (
             lambda v: {**v, "norms": {**v["norms"], START: {"plain-8": {"conv1": "x"}}}},
             "type float",
@@ -459,7 +460,7 @@ def test_numbers_that_are_not_there_are_refused(tmp_path):
 
 def test_diagnostics_know_nothing_of_terminals():
     """They take callables; consoles, progress bars and arguments are the command's."""
-    folder = Path(figures.__file__).parent / "diagnostics"
+    folder = Path(figures.__file__).parents[1] / "diagnostics"
     imported = set()
     for path in folder.glob("*.py"):
         for node in ast.walk(ast.parse(path.read_text())):

@@ -234,7 +234,7 @@ def test_only_plain_networks_of_a_family_are_made_deeper(images):
     shallow = flaxnets.create_model("cifar_plain14")
     variables = random_variables(shallow, images)
     for deep in ("cifar_resnet26", "cifar_plain8", "plain18"):
-        with pytest.raises(ValueError, match="identities go between"):
+        with pytest.raises(ValueError, match="identities can only be inserted between"):
             insert_identities(shallow, variables, flaxnets.create_model(deep), images)
 
 
@@ -402,12 +402,12 @@ def test_a_construction_goes_on_where_it_was_stopped(
 @pytest.mark.parametrize(
     ("arguments", "line"),
     [
-        ("nowhere", "nowhere is not the directory of a study"),
-        ("{study} --only landscpe", "--only is one of .* did you mean landscape"),
-        ("{study} --seed 3", "--seed is one of 0, not 3"),
+        ("nowhere", "nowhere is not a study directory"),
+        ("{study} --only landscpe", "--only must be one of .* did you mean landscape"),
+        ("{study} --seed 3", "--seed must be one of 0, not 3"),
         ("{empty}", "has no finished run of a plain or residual network"),
         ("{study} --images 0", "--images"),
-        ("{empty} --redraw", "holds no numbers of a diagnostic; leave out --redraw"),
+        ("{empty} --redraw", "holds no diagnostic numbers; leave out --redraw"),
         ("{numbers} --redraw", r"gradients\.json is damaged, or of an earlier version"),
         ("{numbers} --redraw --only responses", r"responses\.json cannot be read"),
     ],
@@ -461,5 +461,7 @@ def test_a_batch_that_does_not_fit_skips_the_construction(study, data_dir, monke
     monkeypatch.setattr(construction_module.jax, "device_count", lambda: 7)
     runs = SimpleNamespace(run=SimpleNamespace(config={"recipe": asdict(RECIPES["digits"])}))
     images = SimpleNamespace(dataset=SimpleNamespace(train=SimpleNamespace(labels=range(1437))))
-    with pytest.raises(NotPossibleError, match="batches of 128 of 1437 images do not divide by"):
+    with pytest.raises(
+        NotPossibleError, match="batches of 128 of 1437 images do not split evenly over"
+    ):
         construction_module.continue_training(images, None, runs, runs, {})

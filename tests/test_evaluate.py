@@ -222,7 +222,7 @@ def test_a_folder(evaluate, capsys, trained, run, folder, digits, data_dir, tmp_
     status, _, err = command(evaluate, capsys, run)
     (folder / "test" / "0" / "new.png").unlink()
     assert status == 2
-    assert "is no longer what this run was trained with" in err
+    assert "is no longer the data this run was trained on" in err
 
 
 @pytest.mark.usefixtures("numbers_alone")
@@ -240,7 +240,7 @@ def test_images_are_made_as_large_as_the_run_takes_them(
     edit_config(run, preprocess={"size": None})
     status, _, err = command(evaluate, capsys, *arguments)
     assert status == 2
-    assert "digits has images of 8x8x1, and the network takes 32x32x1" in err
+    assert "digits has images of 8x8x1, but the network takes 32x32x1" in err
 
 
 @pytest.mark.usefixtures("numbers_alone")
@@ -393,12 +393,12 @@ def test_many_classes_are_the_worst_and_the_best(evaluate, capsys):
         ("{study}", "its runs are"),
         ("{run} --best", "no best checkpoint"),
         ("{run} --split tset", "did you mean test?"),
-        ("{run} --model resnet50", "--model is for a file of weights"),
+        ("{run} --model resnet50", "--model is for weights files"),
         ("{run} --skip-unreadable", "--skip-unreadable is for --dataset folder:PATH"),
         ("{run} --dataset digts", "did you mean digits?"),
         ("{run} --dataset folder:/none", "there is no folder /none"),
-        ("{run} --dataset folder:{two}", "has 2 classes, and the network has 10"),
-        ("{run} --dataset folder:{other}", "'ten' as class 9, and the network has '9'"),
+        ("{run} --dataset folder:{two}", "has 2 classes, but the network has 10"),
+        ("{run} --dataset folder:{other}", "'ten' as class 9, but the network has '9'"),
         ("{run} --out {run}/config.json", "config.json is a file"),
         ("{run} --out {run}/config.json/x", "config.json is a file"),
         ("{run} --bets", "unknown argument --bets; did you mean --best?"),
@@ -406,11 +406,11 @@ def test_many_classes_are_the_worst_and_the_best(evaluate, capsys):
         ("", "required: RUN_DIR|WEIGHTS"),
         ("{grey}", "needs --model"),
         ("{grey} --model cifar_resnet8", "needs --dataset"),
-        ("{grey} --model cifar_resnt8 --dataset digits", "no network is called"),
+        ("{grey} --model cifar_resnt8 --dataset digits", "unknown network"),
         ("{grey} --model cifar_resnet20 --dataset digits", "does not fit"),
-        ("{grey} --model cifar_resnet8 --dataset digits --best", "--best is for a run"),
+        ("{grey} --model cifar_resnet8 --dataset digits --best", "--best is for runs"),
         ("none.pth --model resnet18 --dataset digits", "there is no file none.pth"),
-        ("{grey} --model cifar_resnet8 --dataset folder:{two}", "2 classes, and {grey} has 10"),
+        ("{grey} --model cifar_resnet8 --dataset folder:{two}", "2 classes, but {grey} has 10"),
     ],
 )
 def test_mistakes_are_one_line(
@@ -466,7 +466,7 @@ def test_names_that_are_too_few(evaluate, capsys, run, folder, tmp_path):
             shutil.copytree(folder / split / name, tmp_path / "two" / split / name)
     status, out, err = command(evaluate, capsys, run, "--dataset", f"folder:{tmp_path / 'two'}")
     assert (status, out) == (2, "")
-    assert "tells 10 classes apart, and its config names 2" in err
+    assert "has 10 classes, but its config names 2" in err
 
 
 @pytest.mark.usefixtures("numbers_alone")
@@ -474,7 +474,7 @@ def test_other_images_than_it_was_trained_with(evaluate, capsys, run, data_dir):
     edit_config(run, dataset={"sha256": "0" * 64})
     status, _, err = command(evaluate, capsys, run, *from_(data_dir))
     assert status == 2
-    assert "digits is no longer what this run was trained with" in err
+    assert "digits is no longer the data this run was trained on" in err
     assert "give --dataset digits" in err
     assert command(evaluate, capsys, run, *from_(data_dir), "--dataset", "digits")[0] == 0
 

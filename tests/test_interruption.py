@@ -175,7 +175,7 @@ def test_a_batch_that_does_not_divide_by_the_devices_of_now(arguments, tmp_path)
         XLA_FLAGS="--xla_force_host_platform_device_count=3",
     )
     assert status == 2
-    assert "--batch-size 128 does not divide by the 3 devices; give a multiple of 3" in err
+    assert "--batch-size 128 is not divisible by the 3 devices; give a multiple of 3" in err
     assert {path: path.stat().st_mtime_ns for path in out.rglob("*")} == before
     # On as many as it does divide by, the run goes on.
     status, _, err = finish(

@@ -163,7 +163,7 @@ def test_names_that_are_too_few(predict, capsys, trained, pictures, tmp_path):
     edit_config(run, class_names=["a", "b"])
     status, out, err = command(predict, capsys, run, pictures[0])
     assert (status, out) == (2, "")
-    assert "tells 10 classes apart, and its config names 2" in err
+    assert "has 10 classes, but its config names 2" in err
 
 
 def test_names_that_would_move_the_cursor(predict, capsys, trained, pictures, tmp_path):

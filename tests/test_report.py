@@ -211,7 +211,7 @@ def test_a_place_that_cannot_be_written(report, capsys, copy, monkeypatch):
     monkeypatch.setattr(os, "access", lambda path, mode: Path(path) != copy)
     status, _, err = run(report, capsys, copy)
     assert status == 2
-    assert "cannot be written; give a place that can be" in err
+    assert "cannot be written; give a writable path" in err
 
 
 # Diagnostics, and other files beside the runs.

@@ -16,7 +16,6 @@ SCRIPT = """
 import sys
 import numpy as np
 import flaxnets
-from flaxnets.manifest import write_manifest
 run = flaxnets.restore(sys.argv[1])
 images, labels = np.load(sys.argv[2]), np.load(sys.argv[3])
 logits = run.model.apply(run.variables, run.preprocess(images), train=False)

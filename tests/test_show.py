@@ -117,7 +117,7 @@ def test_figure(show, capsys, tmp_path, suffix):
         (["resnet34", "--classes", "0"], "above 0"),
         (["resnet34", "--figure", "f.jpg"], ".svg, .png, .pdf"),
         (["resnet34", "--figure", "/none/f.svg"], "no directory /none"),
-        (["resnet34", "--input", "50000000000x50000000000x3"], "of at most 10000"),
+        (["resnet34", "--input", "50000000000x50000000000x3"], "each at most 10000"),
         (["resnet34", "--classes", "99999999999999999999"], "at most 100000000"),
         (["vgg16", "--input", "8x8x3"], "8x8 pixels are too small"),
         (["--figure", "f.svg"], "name a network"),

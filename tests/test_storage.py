@@ -64,7 +64,7 @@ def test_a_full_disk(study, command, small_disk):
     assert status == 1
     assert err.startswith(f"error: {out}/plain-8/seed-0/checkpoints/")
     assert "cannot be written: it needs about 0.9 MB, and" in err
-    assert "B are free; make space; what was saved before is intact" in err
+    assert "B is free; free up space; everything saved before is intact" in err
     assert err.count("\n") == 1
     (run,) = read_runs(out)
     assert run.result.status == "unfinished"
@@ -80,7 +80,7 @@ def test_a_disk_that_is_full_from_the_start(command, small_disk):
     status, err = command(small_disk / "out")
     assert status == 1
     assert err.startswith(f"error: {small_disk}/out/")
-    assert "are free; make space" in err
+    assert "is free; free up space" in err
     assert err.count("\n") == 1
 
 
@@ -135,7 +135,7 @@ def test_what_was_there_stays(tmp_path, monkeypatch):
     path = tmp_path / "file"
     write_atomic(path, "old")
     for number, words in (
-        (errno.ENOSPC, r"needs about 2\.0 MB, and .* are free"),
+        (errno.ENOSPC, r"needs about 2\.0 MB, and .* is free"),
         (errno.EDQUOT, r"needs about 2\.0 MB"),
         (errno.EACCES, "no permission to write in"),
         (errno.EIO, "Input/output error"),

@@ -11,8 +11,9 @@ import pytest
 from matplotlib.colors import to_rgb
 from rich.console import Console
 
-from flaxnets import InputError, figures
+from flaxnets import InputError
 from flaxnets.errors import DamageWarning
+from flaxnets.reporting import figures
 from flaxnets.reporting.figures import draw_errors, draw_run
 from flaxnets.reporting.tables import results_table
 from flaxnets.studies.directory import check_output_dir, write_study

@@ -203,7 +203,7 @@ def test_weights_that_do_not_fit_are_named():
     refused("no PyTorch layout is known for 'cifar_plain8'", "cifar_plain8", state)
     refused("no PyTorch layout is known for 'vgg11_lrn'", "vgg11_lrn", state)
     refused("holds no state dict", "cifar_resnet8", {})
-    refused("'epoch' is a int, no tensor", "cifar_resnet8", {"epoch": 3})
+    refused("'epoch' is a int, not a tensor", "cifar_resnet8", {"epoch": 3})
     refused("linear.bias twice", "cifar_resnet8", state | {"module.linear.bias": torch.ones(10)})
     refused("give its state_dict", "cifar_resnet8", torch.nn.Linear(1, 1))
     refused("a file or a state dict, not int", "cifar_resnet8", 5)
@@ -260,7 +260,7 @@ def test_files_that_cannot_be_read(tmp_path):
     refused("there is no file", "cifar_resnet8", tmp_path)
     (tmp_path / "weights.npz").write_bytes(b"1")
     refused(
-        r"\.safetensors, \.pth, \.pt or \.th, not 'weights.npz'",
+        r"\.safetensors, \.pth, \.pt or \.th file, not 'weights.npz'",
         "resnet18",
         tmp_path / "weights.npz",
     )

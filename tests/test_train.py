@@ -160,10 +160,12 @@ def test_a_damaged_best_state_is_named_and_set_aside(trained, command, tmp_path)
     status, printed, err = command(*trained[1][:-4], "--out", out)
     assert status == 0
     assert "variables/_METADATA has been changed" in err
-    assert "the state of the lowest validation error" in err
+    assert "the state with the lowest validation error" in err
     assert "is lost" in err
     assert "(that state is lost); " in printed
-    with pytest.raises(flaxnets.InputError, match=r"has lost its best state: there is none in"):
+    with pytest.raises(
+        flaxnets.InputError, match=r"has lost its best state: best/ has no checkpoint"
+    ):
         flaxnets.restore(out, which="best")
     assert (out / "best" / f"{state.name}.damaged" / "variables" / "_METADATA").exists()
 
@@ -430,7 +432,7 @@ def test_help_says_what_each_field_of_a_recipe_is(command, capsys):
     with pytest.raises(SystemExit):
         command("--help")
     text = " ".join(capsys.readouterr().out.split())
-    assert "fraction of the run that is warm-up" in text
+    assert "fraction of the run spent on warm-up" in text
     assert "holds out a tenth of the training images" in text
 
 
@@ -444,16 +446,16 @@ def test_recipes_are_listed(command):
 @pytest.mark.parametrize(
     ("arguments", "problem"),
     [
-        ("", "--model is needed"),
+        ("", "--model is required"),
         ("--model resnet19", "has depths 18, 34"),
-        ("--model cifar_resnet1204", "networks of up to 1202 layers"),
+        ("--model cifar_resnet1204", "only networks of up to 1202 layers"),
         ("--model cifar_resnet8 --recipe he2015-cifer", "did you mean he2015-cifar?"),
         ("--model cifar_resnet8 --dataset folder:nowhere", "nowhere"),
         ("--model cifar_resnet8 --dataset mnits", "mnist"),
-        ("--model cifar_resnet8 --optimizer lion", "--optimizer is one of sgd, adam"),
-        ("--model cifar_resnet8 --nesterov yes", "--nesterov is one of true, false"),
+        ("--model cifar_resnet8 --optimizer lion", "--optimizer must be one of sgd, adam"),
+        ("--model cifar_resnet8 --nesterov yes", "--nesterov must be one of true, false"),
         ("--model cifar_resnet8 --decay-at 0.5,x", "--decay-at '0.5,x' is not a number such as"),
-        ("--model cifar_resnet8 --learning-rate -1", "learning_rate is above 0"),
+        ("--model cifar_resnet8 --learning-rate -1", "learning_rate must be above 0"),
         ("--model cifar_resnet8 --learning-rate nan", "--learning-rate 'nan' is not a number"),
         ("--model cifar_resnet8 --epochs 0", "--epochs and --steps"),
         ("--model cifar_resnet8 --batch-size 2000", "more than the 1437 training images"),
@@ -465,8 +467,8 @@ def test_recipes_are_listed(command):
         ("--model cifar_resnet8 --seed -1", "--seed must be"),
         ("--model cifar_resnet8 --lerning-rate 1", "did you mean --learning-rate?"),
         ("--model alexnet --image-size 20", "too small"),
-        ("--model cifar_resnet8 --image-size 0", "image_size is from 4"),
-        ("--model cifar_resnet8 --decay-factor -1", "decay_factor is above 0"),
+        ("--model cifar_resnet8 --image-size 0", "image_size must be from 4"),
+        ("--model cifar_resnet8 --decay-factor -1", "decay_factor must be above 0"),
         ("--model cifar_resnet8 --lr 0.1", "did you mean --learning-rate?"),
         ("--model resnet20", "did you mean cifar_resnet20?"),
         ("--model cifar_resnet8 --out .", "holds something that is not a run"),

@@ -1,7 +1,7 @@
-"""The same network and train step as they are customarily written in Flax.
+"""Network and train step as customarily written in Flax.
 
-Layers of Linen as they are, `nn.relu(y + x)`, a `TrainState` with BatchNorm's statistics, and
-batches that NumPy makes on the host and hands to a jitted step.
+It uses stock Linen layers, `nn.relu(y + x)`, a `TrainState` with BatchNorm's statistics, and
+batches that NumPy makes on the host for a jitted step.
 """
 
 from collections.abc import Mapping, Sequence
@@ -47,7 +47,7 @@ class Block(nn.Module):
 
 
 class Network(nn.Module):
-    """The attributes are those of a `ResNet` of flaxnets, version 1 with shortcut A or B."""
+    """ResNet with the attributes of flaxnets's `ResNet`, version 1 with shortcut A or B."""
 
     stage_sizes: Sequence[int]
     num_classes: int
@@ -112,7 +112,7 @@ def train_step(state: TrainState, images, labels):
 
 
 def augment(rng: np.random.Generator, images: np.ndarray) -> np.ndarray:
-    """Random crops from 4 black pixels of padding, and mirror images."""
+    """Crop images randomly after padding them with 4 black pixels, and flip half of them."""
     count, height, width, _ = images.shape
     padded = np.pad(images, ((0, 0), (4, 4), (4, 4), (0, 0)))
     top, left = rng.integers(0, 9, (2, count, 1))

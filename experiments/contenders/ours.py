@@ -1,4 +1,4 @@
-"""flaxnets as its README says to use it: data on the device, one jitted call a step."""
+"""flaxnets as its README recommends: data on the device, one jitted call a step."""
 
 import statistics
 import time
@@ -22,7 +22,7 @@ MATRIX_SIZES = {"cpu": (1024, 2048), "gpu": (4096, 8192)}
 
 
 class Contender:
-    """See `worker.py`. With `seeds` above 1 so many networks are trained together, as one."""
+    """See `worker.py`. With `seeds` above 1, that many networks are trained together, as one."""
 
     def __init__(
         self,
@@ -51,7 +51,7 @@ class Contender:
         self._step = make_train_step(
             self._model, optimizer, preprocess, Augmentation(4, flip=True), batch_size, mesh
         )
-        # States are donated, and these are needed again.
+        # States are donated, and the loss check needs their weights later.
         self._variables = jax.device_get([state.variables for state in states])
         if seeds == 1:
             self._state, self._order = states[0], orders[0]
@@ -87,11 +87,11 @@ class Contender:
         return jax.devices()[0].device_kind
 
     def multiply_adds(self) -> int:
-        """Of one image's forward pass."""
+        """Count the multiply-adds of one image's forward pass."""
         return count_cost(self._model, self._shape, 10).multiply_adds
 
     def host_seconds(self, steps: int) -> float:
-        """Median time until the call of a step returns, the device being idle before it."""
+        """Measure the median time until a step's call returns, starting from an idle device."""
         times = []
         for _ in range(steps):
             start = time.perf_counter()
@@ -101,7 +101,7 @@ class Contender:
         return statistics.median(times)
 
     def matmul_flops(self) -> float:
-        """Operations a second in the best of a few products of square matrices."""
+        """Measure operations a second in the best of a few products of square matrices."""
         best = 0.0
         for size in MATRIX_SIZES.get(self.device, MATRIX_SIZES["gpu"]):
             matrix = jax.random.normal(jax.random.key(0), (size, size), self._dtype)

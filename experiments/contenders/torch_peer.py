@@ -16,7 +16,7 @@ def conv(inputs: int, filters: int, size: int, stride: int) -> nn.Conv2d:
 
 
 class Block(nn.Module):
-    """Convolutions with BatchNorm and, with `shortcut`, what goes around them."""
+    """Convolutions with BatchNorm and an optional shortcut around them."""
 
     def __init__(
         self, inputs: int, layers: list[tuple[int, int, int]], shortcut: str | None
@@ -55,8 +55,11 @@ class Block(nn.Module):
 
 
 class Network(nn.Module):
-    """`(batch, channels, height, width)` -> logits. The arguments are attributes of a `ResNet` of
-    flaxnets, version 1 with shortcut A or B, and the parts have the names of that module's."""
+    """ResNet: `(batch, channels, height, width)` -> logits.
+
+    The arguments are attributes of flaxnets's `ResNet`, version 1 with shortcut A or B, and the
+    submodules have the same names as there.
+    """
 
     def __init__(
         self,
@@ -101,7 +104,7 @@ class Network(nn.Module):
 
     @torch.no_grad()
     def load(self, variables: Mapping[str, np.ndarray]) -> None:
-        """Take Flax variables, each by its path, as `params/conv1/kernel`."""
+        """Load Flax variables, given by path, such as `params/conv1/kernel`."""
         missing = {key for key in self.state_dict() if not key.endswith("num_batches_tracked")}
         for path, values in variables.items():
             _, *modules, leaf = path.split("/")
@@ -154,7 +157,7 @@ class Contender:
         def on_device(name: str) -> torch.Tensor:
             return torch.from_numpy(data[name]).to(place)
 
-        # NHWC, as channels_last is.
+        # NHWC, the memory layout of channels_last.
         self._images, self._labels = on_device("images"), on_device("labels").long()
         self._check_images = on_device("check_images").permute(0, 3, 1, 2)
         self._mean, self._std = on_device("mean"), on_device("std")
@@ -167,7 +170,7 @@ class Contender:
             self._loss = torch.compile(self.cross_entropy, mode=compile)
 
     def prepare(self, images: torch.Tensor) -> torch.Tensor:
-        """uint8 NHWC -> random crops and mirror images, normalised, NCHW in channels_last."""
+        """Crop, flip and normalise images: uint8 NHWC -> float NCHW in channels_last."""
         count, height, width, _ = images.shape
         place = images.device
         padded = F.pad(images, (0, 0, 4, 4, 4, 4))
@@ -185,8 +188,8 @@ class Contender:
             return F.cross_entropy(self._network(images), labels)
 
     def loss(self) -> float:
-        # In place, because the compiled function knows these tensors; it was compiled for training,
-        # and so it is called here.
+        # Load in place, because the compiled function refers to these tensors. It was compiled in
+        # training mode, so the network stays in that mode.
         self._network.load(self._weights)
         return self._loss(self._check_images, self._labels[: self._batch_size]).item()
 
@@ -207,6 +210,6 @@ class Contender:
         return torch.cuda.max_memory_allocated()
 
     def give_memory_back(self) -> None:
-        """What is free of the GPU's memory, so that all contenders fit on one."""
+        """Release unused GPU memory, so that all contenders fit on one GPU."""
         if self.device == "gpu":
             torch.cuda.empty_cache()

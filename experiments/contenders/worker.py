@@ -1,23 +1,23 @@
-"""A contender in a process of its own.
+"""Run a contender in its own process.
 
     python experiments/contenders/worker.py MODULE
 
-reads a command and its arguments as a JSON line, does it, and answers with a JSON line, `{"result":
-...}` or `{"error": "one line"}`, until there are no more. `load` imports the module and `start`
-makes its `Contender`; the other commands are below or methods of the contender.
+Reads commands with their arguments as JSON lines until stdin ends, and answers each with a JSON
+line, `{"result": ...}` or `{"error": "one line"}`. `load` imports the module and `start` makes its
+`Contender`; the other commands are defined below or are methods of the contender.
 
 A module has a class `Contender(model, data, batch_size, bfloat16, device, weights, **settings)`:
 
-  model: for ours a name that `flaxnets.create_model` takes, for the others what their network is
-    built from, see `structure` of the benchmark.
-  data: arrays, see `make_data` of the benchmark.
-  device: `"cpu"` or `"gpu"`; None for whatever is there.
-  weights: file of the `ours` process with its variables, each by its path, as
+  model: a name for `flaxnets.create_model` (ours), or attributes from the benchmark's `structure`
+    (the others).
+  data: arrays from the benchmark's `make_data`.
+  device: `"cpu"` or `"gpu"`; None for whatever is available.
+  weights: file with the variables of the `ours` process, by path, such as
     `params/stage1_block1/conv1/kernel`; None in that process itself.
 
-with `device` and the methods `loss()`, the training-mode cross-entropy of those weights on the
-batch that all are checked with; `run(steps)`, which returns when the device is done; and, for GPUs,
-`peak_bytes()`.
+It has an attribute `device` and the methods `loss()`, the training-mode cross-entropy of these
+weights on the common check batch; `run(steps)`, which returns when the device has finished; and,
+for GPUs, `peak_bytes()`.
 """
 
 import importlib
@@ -32,14 +32,14 @@ import numpy as np
 
 
 class Worker:
-    """The commands."""
+    """The commands, as methods."""
 
     def __init__(self, module: str) -> None:
         self._module = module
         self._contender: Any = None
 
     def load(self) -> None:
-        # Ours calls for it as its users do; those of the others would not have it.
+        # Users of flaxnets get this from its commands; users of the others do not have it.
         if self._module == "ours":
             from flaxnets.cli.memory import keep_memory
 
@@ -47,20 +47,20 @@ class Worker:
         importlib.import_module(self._module)
 
     def start(self, data: str, **settings: Any) -> str:
-        """Make the contender; what it runs on, `"cpu"` or `"gpu"`."""
+        """Make the contender and return its device, `"cpu"` or `"gpu"`."""
         with np.load(data) as arrays:
             module = importlib.import_module(self._module)
             self._contender = module.Contender(data=dict(arrays), **settings)
         return self._contender.device
 
     def time(self, steps: int) -> float:
-        """Seconds that `steps` train steps take."""
+        """Measure the seconds that `steps` train steps take."""
         start = time.perf_counter()
         self._contender.run(steps)
         return time.perf_counter() - start
 
     def time_round(self, steps: int) -> float:
-        """As `time`; a GPU's memory, which others have used since, is taken again before."""
+        """Like `time`, after one untimed step that reallocates GPU memory released to others."""
         if self._contender.device == "gpu":
             self._contender.run(1)
         seconds = self.time(steps)
@@ -69,7 +69,7 @@ class Worker:
         return seconds
 
     def peak_bytes(self) -> int:
-        """Most memory that was in use: the GPU's, or that of this process."""
+        """Return the peak memory: the GPU's, or that of this process."""
         if self._contender.device == "gpu":
             return self._contender.peak_bytes()
         unit = 1 if sys.platform == "darwin" else 1024
@@ -80,7 +80,7 @@ class Worker:
 
 
 def main() -> None:
-    # Libraries print; the answers have a stream of their own.
+    # Libraries may print to stdout, so the answers get a separate stream.
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
     worker = Worker(sys.argv[1])

@@ -1,1 +1,1 @@
-"""What the commands share: arguments, interruption, progress, exit status."""
+"""Shared code of the commands: arguments, interruption, progress, exit status."""

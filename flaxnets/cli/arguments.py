@@ -1,4 +1,4 @@
-"""Arguments of the commands: what is wrong with one is an `InputError` in one line."""
+"""Command-line arguments; mistakes in them raise one-line `InputError`s."""
 
 import argparse
 import math
@@ -14,7 +14,7 @@ from flaxnets.training.loop import CheckpointEvery
 
 
 class ArgumentParser(argparse.ArgumentParser):
-    """argparse, with every error an `InputError` in one line and unknown flags set right."""
+    """Argument parser that raises one-line `InputError`s and suggests the nearest known flag."""
 
     def __init__(self, **kwargs: Any) -> None:
         super().__init__(
@@ -27,7 +27,7 @@ class ArgumentParser(argparse.ArgumentParser):
     def parse(self, arguments: list[str] | None) -> argparse.Namespace:
         flags = [name for action in self._actions for name in action.option_strings]
         given = sys.argv[1:] if arguments is None else arguments
-        # Before anything that is missing: it may only be misspelt.
+        # Report unknown flags before missing ones, which may only be misspelt.
         options = given[: given.index("--")] if "--" in given else given
         unknown = [argument.split("=")[0] for argument in options if argument.startswith("--")]
         unknown = [flag for flag in unknown if flag not in flags]
@@ -40,7 +40,7 @@ class ArgumentParser(argparse.ArgumentParser):
 
 
 def whole_numbers(text: str) -> list[int]:
-    """Argument type: `18,34,56`."""
+    """Parse an argument such as `18,34,56`."""
     try:
         return [int(part) for part in text.split(",")]
     except ValueError:
@@ -55,12 +55,12 @@ def whole_numbers(text: str) -> list[int]:
 
 
 def words(text: str) -> list[str]:
-    """Argument type: `plain,residual`."""
+    """Parse an argument such as `plain,residual`."""
     return [part.strip() for part in text.split(",")]
 
 
 def positive(number: type) -> Callable[[str], Any]:
-    """Argument type: a finite `number` (int or float) above 0."""
+    """Return an argument type: a finite `number` (int or float) above 0."""
 
     def parse(text: str) -> Any:
         try:
@@ -76,7 +76,7 @@ def positive(number: type) -> Callable[[str], Any]:
 
 
 def checkpoint_every(text: str) -> CheckpointEvery:
-    """Argument type: `500s` or `2000steps`."""
+    """Parse an argument such as `500s` or `2000steps`."""
     try:
         if text.endswith("steps"):
             return CheckpointEvery(steps=positive(int)(text.removesuffix("steps")))
@@ -84,11 +84,13 @@ def checkpoint_every(text: str) -> CheckpointEvery:
             return CheckpointEvery(seconds=positive(float)(text.removesuffix("s")))
     except argparse.ArgumentTypeError:
         pass
-    raise argparse.ArgumentTypeError(f"{text!r} is not a time or steps, such as 500s or 2000steps")
+    raise argparse.ArgumentTypeError(
+        f"{text!r} is not a time or a number of steps, such as 500s or 2000steps"
+    )
 
 
 def process_group(text: str) -> tuple[str | None, int | None, int | None]:
-    """Argument type: `10.0.0.1:1234,4,0`, or nothing for what the cluster says."""
+    """Parse an argument such as `10.0.0.1:1234,4,0`; if empty, the cluster provides it."""
     if not text:
         return None, None, None
     found = re.fullmatch(r"(\S+:\d+),(\d+),(\d+)", text)
@@ -100,15 +102,16 @@ def process_group(text: str) -> tuple[str | None, int | None, int | None]:
 
 
 def check_choice(flag: str, value: str, choices: tuple[str, ...], more: str = "") -> None:
-    """Refuse a `value` that is none of `choices`, with the nearest of them."""
+    """Raise an `InputError` if `value` is not one of `choices`, suggesting the nearest."""
     if value not in choices:
         raise InputError(
-            f"{flag} is one of {', '.join(choices)}{more}, not {value!r}{nearest(value, choices)}"
+            f"{flag} must be one of {', '.join(choices)}{more}, "
+            f"not {value!r}{nearest(value, choices)}"
         )
 
 
 def check_batch_size(batch_size: int, num_train: int) -> None:
-    """Refuse a `--batch-size` that does not fit the training images or the devices."""
+    """Raise an `InputError` if `--batch-size` does not suit the training images or devices."""
     devices = jax.device_count()
     if batch_size > num_train:
         raise InputError(
@@ -117,6 +120,6 @@ def check_batch_size(batch_size: int, num_train: int) -> None:
         )
     if batch_size % devices:
         raise InputError(
-            f"--batch-size {batch_size} does not divide by the {devices} devices; "
+            f"--batch-size {batch_size} is not divisible by the {devices} devices; "
             f"give a multiple of {devices}"
         )

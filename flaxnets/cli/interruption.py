@@ -1,4 +1,4 @@
-"""SIGINT and SIGTERM: work stops at its next step and is saved."""
+"""Handling of SIGINT and SIGTERM: work stops at its next step and is saved."""
 
 import contextlib
 import os
@@ -15,14 +15,14 @@ QUESTIONS_BETWEEN_AGREEMENTS = 10
 
 
 class Interruption:
-    """While entered, SIGINT and SIGTERM ask the work to stop; a second one leaves at once.
+    """Context in which SIGINT and SIGTERM ask the work to stop; a second signal exits at once.
 
-    A thread listens, because Python runs signal handlers between its own instructions only, and
+    A thread listens, because Python runs signal handlers only between its own instructions, and
     compiling a network is one long call.
 
     Attributes:
-      unsaved: what there is to save, added and discarded by whoever does the work. While there is
-        nothing, the first signal leaves at once too.
+      unsaved: unsaved work, added and discarded by the code that does it. While it is empty, the
+        first signal exits at once too.
     """
 
     def __init__(self, command: str) -> None:
@@ -33,7 +33,7 @@ class Interruption:
         self._asked = 0
 
     def requested(self) -> bool:
-        """Whether to stop. Several processes ask at the same points, and are told the same."""
+        """Return whether to stop; processes that ask at the same points get the same answer."""
         if jax.process_count() == 1:
             self._agreed = self.signal
         elif self._agreed is None:
@@ -48,7 +48,7 @@ class Interruption:
         return 128 + (self._agreed or 0)
 
     def print_resume_hint(self) -> None:
-        """The last words of work that was stopped."""
+        """Print the command that resumes the stopped work."""
         print(f"stopped and saved; continue with: {self._command}", file=sys.stderr, flush=True)
 
     def __enter__(self) -> "Interruption":
@@ -86,4 +86,8 @@ class Interruption:
                         # The progress display hid the cursor.
                         os.write(sys.stdout.fileno(), b"\x1b[?25h")
                 os._exit(128 + data[0])
-            print("\nstopping and saving; once more to leave at once", file=sys.stderr, flush=True)
+            print(
+                "\nstopping and saving; interrupt again to exit at once",
+                file=sys.stderr,
+                flush=True,
+            )

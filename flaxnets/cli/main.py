@@ -1,4 +1,4 @@
-"""Run a command: its exit status, and its errors and warnings in one line each."""
+"""Running a command: exit status, one-line errors and warnings."""
 
 import io
 import logging
@@ -20,8 +20,10 @@ from flaxnets.text import printable
 
 
 class _LenientFile(io.FileIO):
-    """A standard stream whose failures are ignored: a full disk below a log, a reader that has
-    left or a vanished terminal must not end work of hours."""
+    """Standard stream that ignores failures.
+
+    A log on a full disk, a closed pipe or a vanished terminal must not end hours of work.
+    """
 
     def write(self, data: Any) -> int:
         try:
@@ -32,12 +34,12 @@ class _LenientFile(io.FileIO):
 
 
 def _make_output_safe() -> None:
-    """Let no failure to print, nor a character that the encoding lacks, end this process."""
+    """Keep failures to print and characters outside the encoding from ending the process."""
     for number, name in enumerate(("stdin", "stdout", "stderr")):
         try:
             os.fstat(number)
         except OSError:
-            # Closed. The next file to be opened would get this number, and all that is printed.
+            # Closed: the next opened file would get this number, and all that is printed.
             os.open(os.devnull, os.O_RDWR)
         if name == "stdin":
             continue
@@ -49,10 +51,10 @@ def _make_output_safe() -> None:
 
 
 def _check_devices() -> None:
-    """Refuse a JAX_PLATFORMS that this machine does not have."""
+    """Raise an `InputError` if this machine lacks the platforms in JAX_PLATFORMS."""
     try:
         jax.devices()
-    except (AssertionError, RuntimeError) as error:  # the former without a plugin for it
+    except (AssertionError, RuntimeError) as error:  # AssertionError without a plugin
         platforms = os.environ.get("JAX_PLATFORMS", "")
         reason = (str(error).splitlines() or [""])[0]
         raise InputError(
@@ -62,15 +64,15 @@ def _check_devices() -> None:
 
 
 def run_command(main: Callable[[list[str] | None], int], arguments: list[str] | None = None) -> int:
-    """Run `main` and give the process's exit status: the user's mistakes are one line and 2.
+    """Run `main` and return the exit status; a user's mistake prints one line and returns 2.
 
-    Without `arguments` the process is the command's own, with its output and signals.
+    Without `arguments`, the command owns the process, with its output and signals.
     """
     if arguments is None:
         _make_output_safe()
-        # Scripts leave it to the system while they import.
+        # While they import, scripts leave SIGINT to the system.
         signal.signal(signal.SIGINT, signal.default_int_handler)
-    # TFDS and Orbax tell of their own inner life; what goes wrong there is raised as well.
+    # Silence TFDS and Orbax logging; real failures still raise.
     absl_logging.set_verbosity(absl_logging.FATAL)
     logging.getLogger("asyncio").setLevel(logging.CRITICAL)
     sys.unraisablehook = _show_unraisable
@@ -83,7 +85,7 @@ def run_command(main: Callable[[list[str] | None], int], arguments: list[str] | 
             return main(arguments)
         except (AssertionError, RuntimeError):
             if not jax.distributed.is_initialized():
-                _check_devices()  # where there are none, every use of them fails in its own way
+                _check_devices()  # without devices, each use fails differently
             raise
     except InputError as error:
         _print_error(error)
@@ -97,17 +99,14 @@ def run_command(main: Callable[[list[str] | None], int], arguments: list[str] | 
             raise
         if not isinstance(error, jax.errors.JaxRuntimeError) and "Gloo" not in str(error):
             traceback.print_exc()
-        _print_error(
-            f"process {jax.process_index()} of {jax.process_count()} cannot go on: {error}"
-        )
+        _print_error(f"process {jax.process_index()} of {jax.process_count()} failed: {error}")
         print(
-            "when another process is lost, start all of them again to continue from the newest "
-            "checkpoint",
+            "if another process is lost, restart all of them to resume from the newest checkpoint",
             file=sys.stderr,
         )
     if arguments is None or jax.distributed.is_initialized():
-        # An orderly end would wait for other processes, which may be gone or wait for this one,
-        # and for Orbax's threads, which tell at length of what has just been said in a line.
+        # A normal exit would wait for other processes, which may be gone or waiting for this one,
+        # and Orbax's threads would log the same error again.
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(1)
@@ -115,7 +114,7 @@ def run_command(main: Callable[[list[str] | None], int], arguments: list[str] | 
 
 
 def _show_unraisable(event: Any) -> None:
-    """All but what Orbax's tasks say when their loop has ended with an error."""
+    """Show unraisable errors, except those of Orbax's tasks after their event loop has failed."""
     if str(event.exc_value) != "Event loop is closed":
         sys.__unraisablehook__(event)
 
@@ -127,7 +126,7 @@ def _print_error(error: Exception | str) -> None:
 def _show_warning(
     shown: set[str], message: Warning | str, category: type[Warning], *place: Any, **_: Any
 ) -> None:
-    """The library's own warnings in a line each, once; others as Python shows them."""
+    """Show the library's own warnings once, in one line each, and others as Python does."""
     text = warnings.formatwarning(message, category, place[0], place[1])
     if issubclass(category, FallbackWarning):
         text = f"warning: {printable(message)}\n"

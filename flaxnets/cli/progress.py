@@ -1,4 +1,4 @@
-"""Progress of long work: live in a terminal, a line now and then elsewhere."""
+"""Progress of long work: live in a terminal, occasional lines elsewhere."""
 
 import statistics
 import sys
@@ -18,7 +18,7 @@ from flaxnets.training.loop import Progress
 
 
 def plain_console(quiet: bool = False) -> Console:
-    """A console that prints text as it is, or nothing."""
+    """Return a console that prints text verbatim, or nothing if `quiet`."""
     console = Console(highlight=False, markup=False, emoji=False, quiet=quiet)
     if not console.is_terminal:
         console.width = 120  # a file or a pipe has no width of its own
@@ -26,7 +26,7 @@ def plain_console(quiet: bool = False) -> Console:
 
 
 class CheckProgress:
-    """`on_progress` of `find_folder`: a line on stderr every ten seconds, the last one not."""
+    """`on_progress` callback of `find_folder`: a line on stderr every ten seconds until the end."""
 
     def __init__(self) -> None:
         self._shown = time.monotonic()
@@ -38,14 +38,14 @@ class CheckProgress:
 
 
 class StudyProgress:
-    """Live progress of a study: two lines a run on a terminal, else a line now and then.
+    """Live progress of a study: two lines per run on a terminal, occasional lines elsewhere.
 
-    `finished` runs were there before, and `work` is what the `unfinished` ones cost in all, in any
-    one unit; the time left is estimated from it.
+    `finished` counts the runs that were already done. `work` is the total cost of the `unfinished`
+    ones, in any unit, from which the time left is estimated.
     """
 
     SECONDS_BETWEEN_LINES = 10
-    # Of training before the time left of the study is estimated.
+    # Training time before the study's time left is estimated.
     SECONDS_OF_EVIDENCE = 5
 
     def __init__(self, console: Console, finished: int, unfinished: int, work: float) -> None:
@@ -70,7 +70,7 @@ class StudyProgress:
     def start_run(
         self, name: str, work: float, total_steps: int, steps_per_epoch: int, batch: int
     ) -> "RunProgress":
-        """The next run begins."""
+        """Add the next run to the display."""
         with self.lock:
             self._begun += 1
             place = f"run {self._begun} of {self.total}"
@@ -80,14 +80,14 @@ class StudyProgress:
             return run
 
     def end_run(self, run: "RunProgress", summary: str) -> None:
-        """A run is over: say what came of it, above the live lines."""
+        """Remove a run from the display and print its summary above the live lines."""
         with self.lock:
             self._runs.remove(run)
             self._work_done += run.work
             self.console.print(summary, soft_wrap=True)
 
     def draw(self) -> None:
-        """The lines of all runs, and the bar of the study."""
+        """Draw the lines of all runs, and the bar of the study."""
         bars, facts = Table.grid(padding=(0, 1)), []
         for run in self._runs:
             rate = f"{run.time_left()} left, {run.rate()} images/s"
@@ -107,7 +107,7 @@ class StudyProgress:
         return self._work_done + sum(run.work * run.step / run.total_steps for run in self._runs)
 
     def time_left(self) -> str:
-        """Estimated time left of the study, from the work done since the first train step."""
+        """Estimate the study's time left from the work done since the first train step."""
         if self._evidence is None:
             return "?"
         since, done_then = self._evidence
@@ -117,7 +117,7 @@ class StudyProgress:
         return duration((self._work - done) * seconds / (done - done_then))
 
     def begin_steps(self, run: "RunProgress") -> None:
-        """A run has done its first train step: what was before is compilation, or restored."""
+        """Note a run's first train step: compilation and restored steps come before it."""
         if self._evidence is None:
             self._evidence = (time.perf_counter(), self._done())
         else:
@@ -127,7 +127,7 @@ class StudyProgress:
 
 
 class RunProgress:
-    """One of the runs of a study that are at work; see `StudyProgress`."""
+    """Progress of one active run of a study; see `StudyProgress`."""
 
     def __init__(
         self,
@@ -153,7 +153,7 @@ class RunProgress:
         self._rows: list[dict[str, Any]] = []
 
     def update(self, progress: Progress, force: bool = False) -> None:
-        """The run has got to `progress`."""
+        """Record `progress`, and redraw or print it when due."""
         with self._study.lock:
             now = time.perf_counter()
             begins = self._first_step is None and progress.step > 0
@@ -181,18 +181,18 @@ class RunProgress:
             )
 
     def end(self, summary: str) -> None:
-        """The run is over."""
+        """Remove the run from the display and print its summary."""
         self._study.end_run(self, summary)
 
     def facts(self) -> str:
-        """What is known of the network so far."""
+        """Describe the epoch, loss and errors of the run so far."""
         epochs = -(-self.total_steps // self._per_epoch)
         epoch = min(self.step // self._per_epoch + 1, epochs)
         facts = "compiling" if self._first_step is None else f"epoch {epoch} of {epochs}"
         if self._rows:
             row = self._rows[-1]
             seen = "train" if "train_error" in row else "running_train"
-            # Evaluation's loss, in the first epochs, may be 1e5 of a sound network.
+            # In early epochs, a sound network's evaluation loss may be 1e5.
             facts += f"  running loss {row['running_train_loss']:.3f}"
             facts += f"  train error {row[f'{seen}_error']:.1f} %"
             for split in ("validation", "test"):
@@ -201,13 +201,13 @@ class RunProgress:
         return facts
 
     def rate(self) -> str:
-        """Images a second."""
+        """Return the throughput in images per second."""
         if not self._intervals:
             return "-"
         return f"{self._batch / statistics.median(self._intervals):,.0f}"
 
     def time_left(self) -> str:
-        """Estimated time left of the run, from its own steps since the first."""
+        """Estimate the run's time left from its own steps since the first."""
         if self._first_step is None or self.step <= self._first_step:
             return "?"
         per_step = (time.perf_counter() - self._first_step_at) / (self.step - self._first_step)

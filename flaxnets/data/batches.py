@@ -1,4 +1,4 @@
-"""Which examples make a step, and what is done to them; pure functions that run on the device."""
+"""Batch selection, augmentation and preprocessing: pure functions that run on the device."""
 
 import math
 from dataclasses import dataclass, replace
@@ -9,22 +9,22 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-# Of the channels of ImageNet's training images, on a scale of 0 to 1, as torchvision has them.
+# Channel statistics of ImageNet's training images, on a scale of 0 to 1, as in torchvision.
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
-# Principal components of the colours of ImageNet's training images, on a scale of 0 to 255: how far
-# along each, and directions in the columns (fb.resnet.torch, after Krizhevsky et al. 2012).
+# Principal components of the colours of ImageNet's training images, on a scale of 0 to 255: their
+# scales, and their directions in columns (fb.resnet.torch, after Krizhevsky et al. 2012).
 COLOUR_SCALES = (255 * 0.2175, 255 * 0.0188, 255 * 0.0045)
 COLOUR_DIRECTIONS = (
     (-0.5675, 0.7192, 0.4009),
     (-0.5808, -0.0045, -0.8140),
     (-0.5836, -0.6948, 0.4203),
 )
-# Of what crops are resized to: the shorter side of the image, from and to.
+# Range of the image's shorter side, relative to the crop size.
 SCALED_CROP = {"scaled": (256 / 224, 480 / 224), "fixed": (256 / 224, 256 / 224)}
 
 
 def imagenet_statistics(channels: int) -> tuple[tuple[float, ...], tuple[float, ...]]:
-    """Mean and standard deviation for images of 3 channels, or of 1, on a scale of 0 to 1."""
+    """Return mean and standard deviation for images of 3 or 1 channels, on a scale of 0 to 1."""
     if channels == 3:
         return IMAGENET_MEAN, IMAGENET_STD
     return (sum(IMAGENET_MEAN) / 3,), (sum(IMAGENET_STD) / 3,)
@@ -32,15 +32,16 @@ def imagenet_statistics(channels: int) -> tuple[tuple[float, ...], tuple[float, 
 
 @partial(jax.jit, static_argnames="num_examples")
 def epoch_order(key: jax.Array, epoch: jax.Array | int, num_examples: int) -> jax.Array:
-    """A fresh order of all examples for each epoch: int32 `(num_examples,)`, from `key` alone."""
+    """Shuffle all examples for an epoch: int32 `(num_examples,)`, fixed by `key` and `epoch`."""
     key = jax.random.fold_in(jax.random.fold_in(key, 0), epoch)
     return jax.random.permutation(key, num_examples).astype(jnp.int32)
 
 
 def batch_indices(order: jax.Array, step: jax.Array | int, batch_size: int) -> jax.Array:
-    """The examples of training step `step` (counted over the whole run): int32 `(batch_size,)`.
+    """Return the example indices of training step `step`: int32 `(batch_size,)`.
 
-    `order` is that of the step's epoch. Examples left over at the end of an epoch are dropped.
+    Steps count over the whole run, and `order` is that of the step's epoch. Examples left over at
+    the end of an epoch are dropped.
     """
     steps_per_epoch = order.shape[0] // batch_size
     return jax.lax.dynamic_slice_in_dim(order, step % steps_per_epoch * batch_size, batch_size)
@@ -48,19 +49,19 @@ def batch_indices(order: jax.Array, step: jax.Array | int, batch_size: int) -> j
 
 @dataclass(frozen=True)
 class Augmentation:
-    """Random crops, mirror images and colours.
+    """Random crops, mirroring and colour noise.
 
     Attributes:
       pad: pixels added on every side before a crop of the original size; 0 for none.
-      edge: whether those pixels repeat the edge; black otherwise, as in He et al. (2015), 4.2.
-      flip: whether half of the images are mirrored left to right.
+      edge: repeat the edge in these pixels; otherwise they are black (He et al. 2015, section 4.2).
+      flip: mirror each image left to right with probability 1/2.
       crop: `resized`, a random area (8 to 100 %) and shape (3:4 to 4:3) resized to the image's
-        (Szegedy et al. 2014, arXiv:1409.4842, section 6); `scaled`, a random square that is 224
-        pixels wide where the shorter side has 256 to 480 (He et al. 2015, section 3.4); `fixed`,
-        where it has 256 (Krizhevsky et al. 2012, section 4.1); or `none`.
+        (Szegedy et al. 2014, arXiv:1409.4842, section 6); `scaled`, a random square of 224 pixels
+        for a shorter side of 256 to 480 (He et al. 2015, section 3.4); `fixed`, the same for a
+        shorter side of 256 (Krizhevsky et al. 2012, section 4.1); or `none`.
       colour_noise: standard deviation of the noise along the principal components of ImageNet's
-        colours, in units of their scales (Krizhevsky et al. 2012, section 4.1; 0.1 there); for
-        images of three channels.
+        colours, in units of their scales (0.1 in Krizhevsky et al. 2012, section 4.1). Images of
+        one channel get none.
     """
 
     pad: int = 0
@@ -70,22 +71,23 @@ class Augmentation:
     colour_noise: float = 0.0
 
     def with_colour_noise(self, colour_noise: float) -> "Augmentation":
-        """The same with this noise."""
+        """Return a copy with this colour noise."""
         return replace(self, colour_noise=colour_noise)
 
     @property
     def seen_at_evaluation(self) -> float:
-        """Share of the shorter side that is looked at, 224 of 256 where training takes crops."""
+        """Share of the shorter side seen at evaluation: 224 of 256 if training takes crops."""
         return 1.0 if self.crop == "none" else 224 / 256
 
     def without_crops(self) -> "Augmentation":
-        """What is left to do for images that have been cropped and mirrored already."""
+        """Return the augmentation that remains for images already cropped and mirrored."""
         return replace(self, flip=False, crop="none")
 
     def __call__(self, key: jax.Array, images: jax.Array) -> jax.Array:
-        """Augment `(batch, height, width, channels)` on a scale of 0 to 255, each image on its own.
+        """Augment `(batch, height, width, channels)` on a scale of 0 to 255.
 
-        uint8 stays uint8, unless colours or sizes change, which give float32.
+        Each image is augmented independently. uint8 images stay uint8 unless their colours or sizes
+        change, which gives float32.
         """
         crop_key, flip_key = jax.random.split(key)
         if self.crop != "none":
@@ -108,7 +110,7 @@ class Augmentation:
         return images
 
     def _noise(self, key: jax.Array, count: int) -> jax.Array:
-        """`(count, 1, 1, 3)`"""
+        """Draw a colour shift for each image: `(count, 1, 1, 3)`."""
         amounts = self.colour_noise * jax.random.normal(key, (count, 3))
         shifts = (amounts * jnp.float32(COLOUR_SCALES)) @ jnp.float32(COLOUR_DIRECTIONS).T
         return shifts[:, None, None]
@@ -121,7 +123,7 @@ class Augmentation:
             log_ratio = jax.random.uniform(
                 shape_key, (count,), minval=-math.log(4 / 3), maxval=math.log(4 / 3)
             )
-            # Of the image's sides; what would not fit has the whole side.
+            # Shares of the image's sides; a crop that would not fit gets the whole side.
             root = jnp.exp(log_ratio / 2)
             shares = jnp.minimum(jnp.sqrt(area)[:, None] * jnp.stack([1 / root, root], -1), 1.0)
         else:
@@ -142,12 +144,12 @@ class Augmentation:
 
 @dataclass(frozen=True)
 class Preprocess:
-    """Raw images to what a network was trained on.
+    """Preprocessing of raw images, the same as in training.
 
     Attributes:
       image_shape: height, width and channels.
-      mean, std: of each channel over the training images, on a scale of 0 to 1.
-      size: height and width that images are resized to (bilinear), or None for their own.
+      mean, std: channel statistics of the training images, on a scale of 0 to 1.
+      size: height and width that images are resized to (bilinear), or None to keep their size.
     """
 
     image_shape: tuple[int, int, int]
@@ -157,16 +159,16 @@ class Preprocess:
 
     @property
     def input_shape(self) -> tuple[int, int, int]:
-        """Height, width and channels of what the network gets."""
+        """Height, width and channels of the network's input."""
         if self.size is None:
             return self.image_shape
         return (self.size, self.size, self.image_shape[2])
 
     def __call__(self, images: jax.Array | np.ndarray) -> jax.Array:
-        """uint8 `(batch, height, width, channels)` -> normalised float32 of `input_shape`.
+        """Normalise uint8 `(batch, height, width, channels)` to float32 of `input_shape`.
 
         Raises:
-          ValueError: the images are not uint8 or of another shape.
+          ValueError: the images are not uint8 or have another shape.
         """
         if images.dtype != np.uint8 or images.ndim != 4 or images.shape[1:] != self.image_shape:
             expected = ", ".join(map(str, self.image_shape))
@@ -176,7 +178,7 @@ class Preprocess:
         return self.normalise(images)
 
     def normalise(self, images: jax.Array | np.ndarray) -> jax.Array:
-        """The same for images of any type on a scale of 0 to 255."""
+        """Do the same for images of any dtype on a scale of 0 to 255."""
         mean, std = jnp.float32(self.mean), jnp.float32(self.std)
         normalised = (jnp.asarray(images).astype(jnp.float32) / 255 - mean) / std
         if self.size is None:

@@ -1,4 +1,4 @@
-"""Which pictures of a folder can be decoded to their end, remembered from one start to the next."""
+"""Decoding checks of the pictures in a folder, cached between runs."""
 
 import hashlib
 import json
@@ -15,18 +15,19 @@ from flaxnets.errors import StorageError
 from flaxnets.files import write_atomic
 
 READ_AT_ONCE = 16
-# Ctrl-C waits for so many.
+# Ctrl-C takes effect after at most this many pictures.
 CHECKED_TOGETHER = 256
 
 
 class Check(NamedTuple):
-    """What decoding a picture showed.
+    """Outcome of decoding a picture.
 
     Attributes:
-      size, modified: of the file, in bytes and nanoseconds; -1 where it could not be opened.
-      mode: Pillow's name of its mode.
-      digest: of its content.
-      reason: why it cannot be decoded; empty where it can.
+      size, modified: size of the file in bytes and its modification time in nanoseconds; -1 if it
+        could not be opened.
+      mode: mode of the picture in Pillow.
+      digest: hash of the file's content.
+      reason: why the picture cannot be decoded; empty if it can.
     """
 
     size: int
@@ -39,10 +40,10 @@ class Check(NamedTuple):
 def check_pictures(
     root: Path, names: Sequence[str], on_progress: Callable[[int, int], None]
 ) -> dict[str, Check]:
-    """Decode all pictures `names` in `root` that have changed since they were last decoded.
+    """Check all pictures `names` in `root`, decoding only those that have changed since last time.
 
     Args:
-      on_progress: called with how many have been checked, of how many, now and then.
+      on_progress: called now and then with the number of checked pictures and the total.
     """
     memory = cache_path(root, ".json")
     known = _recall(memory)
@@ -55,21 +56,21 @@ def check_pictures(
                 checks.update(zip(some, found, strict=True))
                 on_progress(len(checks), len(names))
     finally:
-        # Also after Ctrl-C: what has been decoded need not be again.
+        # Save after Ctrl-C too, so that these pictures need not be decoded again.
         if any(known.get(name) != check for name, check in checks.items()):
             _remember(memory, known | checks)
     return checks
 
 
 def cache_path(root: Path, suffix: str) -> Path:
-    """A file of what is known of the folder `root`, in the user's cache directory."""
+    """Return the path of a file about the folder `root` in the user's cache directory."""
     cache = Path(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache"))
     digest = hashlib.sha256(os.fsencode(os.path.abspath(root))).hexdigest()
     return cache / "flaxnets" / f"pictures-{digest[:16]}{suffix}"
 
 
 def write_cache(path: Path, content: str | bytes) -> bool:
-    """Whether `content` could be written to the cache, which nothing depends on."""
+    """Write to the cache, which nothing depends on, and return whether that succeeded."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         write_atomic(path, content)
@@ -85,7 +86,7 @@ def _check(path: Path, known: Check | None) -> Check:
             return known
         data = path.read_bytes()
     except OSError as error:
-        # Not remembered as a state of the file: permissions may change.
+        # Size -1 makes the next run try again: permissions may change without a new size or time.
         return Check(-1, -1, "", "", error.strerror or "it cannot be opened")
     digest = hashlib.blake2b(data, digest_size=16).hexdigest()
     mode, reason = "", "it is empty"
@@ -98,7 +99,7 @@ def _check(path: Path, known: Check | None) -> Check:
 
 
 def _recall(path: Path) -> dict[str, Check]:
-    """What `_remember` wrote; nothing where that is damaged or of another version of Pillow."""
+    """Read what `_remember` wrote; empty if it is damaged or from another version of Pillow."""
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
         if content["pillow"] != PIL.__version__:
@@ -113,5 +114,5 @@ def _recall(path: Path) -> dict[str, Check]:
 
 
 def _remember(path: Path, checks: dict[str, Check]) -> None:
-    # Escaped, for names that are no UTF-8.
+    # `json.dumps` escapes names that are not UTF-8.
     write_cache(path, json.dumps({"pillow": PIL.__version__, "pictures": checks}))

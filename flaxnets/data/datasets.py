@@ -18,7 +18,7 @@ from flaxnets.data.batches import Augmentation, Preprocess
 from flaxnets.data.digits import Digits
 from flaxnets.errors import InputError, nearest
 
-# Data sets whose classes survive a mirror; letters, digits and anything unknown are not flipped.
+# Data sets whose classes survive mirroring. Letters, digits and unknown data are not flipped.
 FLIPPED = {"cifar10", "cifar100", "fashion_mnist", "imagenette", "stl10", "cats_vs_dogs"}
 
 
@@ -29,13 +29,13 @@ class Split(NamedTuple):
     labels: Any
 
     def __repr__(self) -> str:
-        # Without the arrays, which would fill a notebook.
+        # Printing the arrays would fill a notebook.
         return f"Split({self.images.dtype} images {self.images.shape}, {len(self.labels)} labels)"
 
 
 @dataclass(frozen=True, repr=False)
 class Dataset:
-    """A data set in memory, with what training does to its images unless told otherwise."""
+    """A data set in memory, with the preprocessing and default augmentation of its images."""
 
     name: str
     version: str
@@ -57,13 +57,13 @@ class Dataset:
         return len(self.class_names)
 
     def resized(self, size: int | None) -> "Dataset":
-        """The same for networks that take images of `size` x `size`; None for their own size."""
+        """Return a copy for networks that take `size` x `size` images; None keeps the size."""
         if size is None or self.preprocess.image_shape[:2] == (size, size):
             return self
         return replace(self, preprocess=replace(self.preprocess, size=size))
 
     def fingerprint(self) -> str:
-        """sha256 over every image and label, so that a study can tell whether its data changed."""
+        """Return a sha256 over every image and label, by which a study detects changed data."""
         digest = hashlib.sha256()
         for array in (*self.train, *self.test):
             digest.update(np.ascontiguousarray(array).data)
@@ -72,9 +72,9 @@ class Dataset:
 
 @dataclass(frozen=True)
 class DatasetInfo:
-    """What is known of a prepared data set before its images are read."""
+    """Facts about a prepared data set that are known before its images are read."""
 
-    builder: Any  # a TFDS builder; its annotations do not know `as_data_source(split=...)`
+    builder: Any  # a TFDS builder; its annotations lack `as_data_source(split=...)`
     image_key: str
     label_key: str
     test_split: str
@@ -85,10 +85,11 @@ class DatasetInfo:
 def find_dataset(
     name: str, data_dir: str | Path | None = None, **builder_kwargs: Any
 ) -> DatasetInfo:
-    """Look a prepared data set up, with the arguments of `load_dataset`.
+    """Look up a prepared data set, with the arguments of `load_dataset`.
 
     Raises:
-      InputError: no such data set, not prepared, without images or labels, or in another format.
+      InputError: the data set does not exist, is not prepared, lacks images or labels, or has
+        another format.
     """
     builder = _builder(name, data_dir, builder_kwargs)
     image_key, label_key = _supervised_keys(builder)
@@ -97,7 +98,7 @@ def find_dataset(
     for split in ("train", test_split):
         if split not in splits or not splits[split].num_examples:
             has = ", ".join(splits) or "none"
-            raise InputError(f"{name} needs filled train and test splits (its splits: {has})")
+            raise InputError(f"{name} needs non-empty train and test splits (its splits: {has})")
         try:
             source = builder.as_data_source(split=split)
         except NotImplementedError as error:
@@ -107,7 +108,7 @@ def find_dataset(
             ) from error
         if len(source) != splits[split].num_examples:
             raise InputError(
-                f"{name} in {builder.data_path} has {len(source)} {split} examples where "
+                f"{name} in {builder.data_path} has {len(source)} {split} examples, but "
                 f"{splits[split].num_examples} were prepared; delete it and prepare it again"
             )
     features: Any = builder.info.features
@@ -129,18 +130,19 @@ def load_dataset(
 ) -> Dataset:
     """Read a whole image-classification data set through TFDS, without TensorFlow.
 
-    `digits` is prepared on first use. Any other name must have been prepared as array_record, or
-    can be prepared now because TensorFlow is installed. The test split is `test`, or `validation`
-    where there is no `test`.
+    `digits` is prepared on first use. Any other data set must have been prepared as array_record,
+    or is prepared now if TensorFlow is installed. The test split is `test`, or `validation` if
+    there is no `test`.
 
     Args:
-      name: as TFDS knows it, such as `cifar10`.
-      data_dir: where TFDS keeps its data sets; its own default, `~/tensorflow_datasets`, if None.
-      train_examples: keep so many of the training images, always the same random ones.
+      name: name of the data set in TFDS, such as `cifar10`.
+      data_dir: directory of TFDS's data sets; None for its default, `~/tensorflow_datasets`.
+      train_examples: keep this many training images, always the same random ones.
       builder_kwargs: passed on to `tfds.builder`.
 
     Raises:
-      InputError: no such data set, not prepared, or not one of labelled images of one size.
+      InputError: the data set does not exist, is not prepared, or does not consist of labelled
+        images of one size.
     """
     info = find_dataset(name, data_dir, **builder_kwargs)
     train, test = _read_split(info, "train"), _read_split(info, info.test_split)
@@ -160,16 +162,16 @@ def load_dataset(
         train=train,
         test=test,
         preprocess=Preprocess((height, width, channels), *channel_statistics(train.images)),
-        # 4 pixels of 32 in the paper's section 4.2.
+        # He et al. (2015), section 4.2, pad images of 32 pixels by 4.
         augmentation=Augmentation(pad=min(height, width) // 8, flip=info.builder.name in FLIPPED),
     )
 
 
 def channel_statistics(images: np.ndarray) -> tuple[tuple[float, ...], tuple[float, ...]]:
-    """Mean and standard deviation of each channel of uint8 images, on a scale of 0 to 1.
+    """Compute the mean and standard deviation per channel of uint8 images, on a scale of 0 to 1.
 
-    Counted over the 256 values, so that they are exact and the same on every machine. A channel
-    that never changes has standard deviation 1.
+    They come from a histogram of the 256 values, so they are exact and the same on every machine. A
+    constant channel gets standard deviation 1.
     """
     means, stds = [], []
     values = np.arange(256) / 255
@@ -197,11 +199,11 @@ def _builder(name: str, data_dir: str | Path | None, kwargs: dict) -> Any:
         builder = Digits(data_dir=where, file_format="array_record")
         if not builder.is_prepared():
             try:
-                # TFDS would announce a download where there is none.
+                # TFDS would announce a download, but there is none.
                 with contextlib.redirect_stdout(io.StringIO()):
                     builder.download_and_prepare()
             except OSError as error:
-                if builder.is_prepared():  # by another process, in the same moment
+                if builder.is_prepared():  # by another process at the same time
                     return builder
                 raise InputError(
                     f"cannot write the digits to {builder.data_path} ({error.strerror}); "
@@ -212,11 +214,11 @@ def _builder(name: str, data_dir: str | Path | None, kwargs: dict) -> Any:
         builder = tfds.builder(name, data_dir=where, **kwargs)
     except ImportError as error:
         raise InputError(f"{name} needs a package that is not installed ({error})") from error
-    except (ValueError, AssertionError) as error:  # not found, or not even a name
+    except (ValueError, AssertionError) as error:  # unknown or malformed name
         known = ["digits", *tfds.list_builders(with_community_datasets=False)]
         raise InputError(f"TFDS has no data set {name!r}{nearest(name, known)}") from error
     if re.split("[/:]", name)[0] != builder.name:
-        # TFDS takes names in capitals too; a study has one name for its data.
+        # TFDS ignores case, but a study needs one name for its data.
         raise InputError(f"there is no data set {name!r}; did you mean {builder.name}?")
     if not builder.is_prepared():
         if importlib.util.find_spec("tensorflow") is None:
@@ -235,7 +237,7 @@ def _supervised_keys(builder: tfds.core.DatasetBuilder) -> tuple[str, str]:
     items = dict(features.items()) if isinstance(features, tfds.features.FeaturesDict) else {}
     images = [k for k, v in items.items() if isinstance(v, tfds.features.Image)]
     labels = [k for k, v in items.items() if isinstance(v, tfds.features.ClassLabel)]
-    # Some data sets have two kinds of label; TFDS says which one is meant.
+    # Some data sets have several labels; TFDS says which one to use.
     preferred = builder.info.supervised_keys or ("image", "label")
     image_key = preferred[0] if preferred[0] in images else next(iter(images), None)
     label_key = preferred[1] if preferred[1] in labels else next(iter(labels), None)
@@ -267,7 +269,7 @@ def _read_split(info: DatasetInfo, split: str) -> Split:
     try:
         with _without_advice():
             examples = [source[i] for i in range(len(source))]
-    except (RuntimeError, IndexError, OSError) as error:  # what array_record and Pillow raise
+    except (RuntimeError, IndexError, OSError) as error:  # raised by array_record and Pillow
         raise InputError(
             f"{info.builder.name} in {info.builder.data_path} is damaged ({error}); "
             "delete it and prepare it again"
@@ -276,10 +278,11 @@ def _read_split(info: DatasetInfo, split: str) -> Split:
     shapes = {image.shape for image in images}
     if len(shapes) > 1:
         raise InputError(
-            f"{info.builder.name} has images of {len(shapes)} different sizes; all must be of one"
+            f"{info.builder.name} has images of {len(shapes)} different sizes; "
+            "all must have the same size"
         )
     if images[0].dtype != np.uint8:
-        raise InputError(f"{info.builder.name} has images of {images[0].dtype}, not uint8")
+        raise InputError(f"{info.builder.name} has {images[0].dtype} images, not uint8")
     labels = np.array([example[info.label_key] for example in examples], np.int32)
     for label in (labels.min(), labels.max()):
         check_label(int(label), len(info.class_names), f"{info.builder.name} ({split} split)")
@@ -290,7 +293,7 @@ def check_label(label: int, num_classes: int, name: str) -> None:
     """Refuse a label that is not one of the classes; `name` says where it was found.
 
     Raises:
-      InputError: it is missing (TFDS stores -1), or too large.
+      InputError: the label is missing (TFDS stores -1) or too large.
     """
     if label < 0:
         raise InputError(f"{name} has no label; choose a data set that has labels")
@@ -302,17 +305,17 @@ def check_label(label: int, num_classes: int, name: str) -> None:
 
 
 def refuse_nothing_to_learn(name: str, train: Split) -> None:
-    """Refuse training images of one class, or that are all the same.
+    """Refuse training images that all have the same class or are all the same.
 
     Raises:
-      InputError: with which of the two.
+      InputError: either is the case; the message says which.
     """
     if train.labels.min() == train.labels.max():
         raise InputError(
             f"all {len(train.labels):,} training images of {name} have label {train.labels[0]}; "
-            "choose a data set with images of two classes or more"
+            "choose a data set with images of at least two classes"
         )
-    # One by one: the first difference, as a rule between the first two, ends it.
+    # `all` stops at the first difference, usually between the first two images.
     if len(train.images) > 1 and all(np.array_equal(i, train.images[0]) for i in train.images):
         raise InputError(
             f"all {len(train.images):,} training images of {name} are the same; "

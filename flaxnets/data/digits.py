@@ -34,7 +34,7 @@ class Digits(tfds.core.GeneratorBasedBuilder, skip_registration=True):
         )
 
     def _split_generators(self, dl_manager: tfds.download.DownloadManager):
-        # Here, because it takes a second and digits are prepared once.
+        # Imported here because it takes a second, and digits are prepared only once.
         from sklearn.datasets import load_digits
         from sklearn.model_selection import train_test_split
 

@@ -1,4 +1,4 @@
-"""Folders of pictures, a sub-folder for each class, as a data set."""
+"""Data sets from folders of pictures, with a sub-folder for each class."""
 
 import hashlib
 import os
@@ -18,7 +18,7 @@ from flaxnets.errors import FallbackWarning, InputError
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp")
 TEST_FOLDERS = ("test", "val", "validation")
 GREY_MODES = ("1", "L", "LA", "La", "I", "I;16", "I;16B", "I;16L")
-# Pictures too, which Pillow or a converter reads, but which are left out here.
+# Pictures in other formats are not read, but they are counted in warnings and errors.
 OTHER_SUFFIXES = (
     *(".avif", ".gif", ".heic", ".heif", ".jfif", ".jp2", ".jpe", ".jxl"),
     *(".pgm", ".ppm", ".psd", ".svg", ".tga", ".tif", ".tiff"),
@@ -26,19 +26,19 @@ OTHER_SUFFIXES = (
 NAMED_IN_AN_ERROR = 10
 NAMED_COPIES = 3
 
-# The paths of pictures in the data set's folder, by class.
+# Paths of pictures, relative to the data set's folder, by class.
 Files = dict[str, list[str]]
 
 
 @dataclass(frozen=True, eq=False, repr=False)
 class FileSource:
-    """Pictures in files.
+    """A source of pictures in files.
 
     Attributes:
-      root: the folder they are in.
-      names: their paths in it.
+      root: folder of the pictures.
+      names: paths of the pictures, relative to `root`.
       labels: int32 `(n,)`.
-      digests: of their content when they were checked.
+      digests: digests of their content, from when they were checked.
     """
 
     root: str
@@ -58,24 +58,24 @@ class FileSource:
                 return file.read(), int(self.labels[index])
         except OSError as error:
             raise InputError(
-                f"{self.name(index)} cannot be read ({error.strerror}); replace it or take it away"
+                f"{self.name(index)} cannot be read ({error.strerror}); replace or remove it"
             ) from error
 
     def name(self, index: int) -> str:
-        """The path of a picture."""
+        """Return the path of a picture."""
         return os.path.join(self.root, self.names[index])
 
     def fingerprint(self) -> str:
-        """sha256 over names, labels and the content that was checked.
+        """Return a sha256 over names, labels and the content that was checked.
 
         Raises:
-          InputError: a file is no longer there.
+          InputError: a file no longer exists.
         """
         digest = hashlib.sha256()
         entries = zip(self.names, self.labels, self.digests, strict=True)
         for index, (name, label, content) in enumerate(entries):
             if not os.path.exists(self.name(index)):
-                raise InputError(f"{self.name(index)} is gone; begin again without it")
+                raise InputError(f"{self.name(index)} is gone; rerun without it")
             digest.update(b"%s\0%d\0%s\0" % (os.fsencode(name), label, content.encode()))
         return digest.hexdigest()
 
@@ -86,24 +86,25 @@ def find_folder(
     test_fraction: float = 0.2,
     on_progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> StreamedDataset:
-    """A data set of the pictures in `path`, which has one of two layouts.
+    """Create a data set from the pictures in `path`, which has one of two layouts:
 
         path/train/<class>/*.jpg and path/test/<class>/*.jpg (or val, or validation)
         path/<class>/*.jpg
 
-    JPEG, PNG, WebP and BMP files count, with suffixes in either case; other and hidden files are
+    JPEG, PNG, WebP and BMP files are read, with suffixes in either case. Other and hidden files are
     ignored. In the second layout `test_fraction` of each class becomes the test split, chosen by
-    the files' names alone. Every picture is decoded once to see whether it can be, and again only
-    when its size or time has changed. Pictures that are left out, and copies of training pictures
-    in the test split, are warned of.
+    the files' names alone. Every picture is decoded once to check it, and again only when its size
+    or modification time has changed. Warnings report pictures that are left out, and copies of
+    training pictures in the test split.
 
     Args:
-      skip_unreadable: leave out pictures that cannot be read, and list them in `skipped`.
-      on_progress: called with how many pictures have been decoded, of how many, now and then.
+      skip_unreadable: skip pictures that cannot be read, and list them in `skipped`.
+      on_progress: called now and then with the number of checked pictures and the total.
 
     Raises:
-      InputError: no such folder, another layout, fewer than two classes, a class without pictures,
-        different classes in training and test, or pictures that cannot be read.
+      InputError: the folder does not exist or has another layout, there are fewer than two classes,
+        a class has no pictures, training and test have different classes, or pictures cannot be
+        read.
     """
     root = Path(path)
     if not os.path.exists(root):
@@ -111,7 +112,7 @@ def find_folder(
     if not os.path.isdir(root):
         raise InputError(f"{path} is a file; give a folder with a sub-folder for each class")
     if not 0 < test_fraction < 1:
-        raise InputError(f"test_fraction is above 0 and below 1, not {test_fraction}")
+        raise InputError(f"test_fraction must be above 0 and below 1, not {test_fraction}")
 
     test_folder = _test_folder(root)
     folders = ["."] if test_folder is None else ["train", test_folder]
@@ -138,7 +139,7 @@ def find_folder(
 
 
 def _test_folder(root: Path) -> str | None:
-    """The name of the test split's folder, or None where classes have their folders in `root`."""
+    """Return the name of the test split's folder, or None if the class folders are in `root`."""
     folders = _sub_folders(root)
     # A class may be called train.
     if "train" not in folders or not _sub_folders(root / "train"):
@@ -148,7 +149,7 @@ def _test_folder(root: Path) -> str | None:
             return name
     raise InputError(
         f"{root} has a folder train but none called {', '.join(TEST_FOLDERS[:-1])} or "
-        f"{TEST_FOLDERS[-1]}; add one, or give {root / 'train'} to have it divided"
+        f"{TEST_FOLDERS[-1]}; add one, or give {root / 'train'} to split it"
     )
 
 
@@ -158,7 +159,7 @@ def _find_files(root: Path, folder: str) -> Files:
     if len(names) < 2:
         raise InputError(
             f"{root / folder} has {len(names) or 'no'} class folder{'s' * (len(names) != 1)} with "
-            "pictures in; give one with a sub-folder for each of two classes or more"
+            "pictures; give one with a sub-folder for each of at least two classes"
         )
     files = {}
     for name in names:
@@ -209,7 +210,7 @@ def _check(
     skip_unreadable: bool,
     on_progress: Callable[[int, int], None],
 ) -> tuple[list[Files], dict[str, Check], tuple[str, ...]]:
-    """The readable files, what decoding all showed, and the names of the unreadable ones."""
+    """Return the readable files, the checks of all files, and the names of unreadable ones."""
     names = [name for files in splits for members in files.values() for name in members]
     checks = check_pictures(root, names, on_progress)
     unreadable = tuple(name for name in names if checks[name].reason)
@@ -225,7 +226,7 @@ def _check(
         if not skip_unreadable:
             raise InputError(
                 f"{problem}: {listed}; "
-                "replace them, take them away, or leave them out with --skip-unreadable"
+                "replace them, remove them, or skip them with --skip-unreadable"
             )
         warnings.warn(f"{problem} and are skipped: {listed}", FallbackWarning, stacklevel=3)
     readable = [
@@ -246,7 +247,7 @@ def _check(
 
 
 def _warn_of_copies(root: Path, train: Files, test: Files, checks: dict[str, Check]) -> None:
-    """Test pictures that are in the training split too make the test error too low."""
+    """Warn of training pictures in the test split, which make the test error too low."""
     seen = {checks[name].digest: name for names in train.values() for name in names}
     tested = [name for names in test.values() for name in names]
     copies = [(name, seen[checks[name].digest]) for name in tested if checks[name].digest in seen]
@@ -261,22 +262,22 @@ def _warn_of_copies(root: Path, train: Files, test: Files, checks: dict[str, Che
     if unique < len(tested):
         found.append(f"only {unique} of {len(tested)} test pictures are different files")
     warnings.warn(
-        f"{root}: {'; '.join(found)}; remove copies for an honest test error",
+        f"{root}: {'; '.join(found)}; remove the copies for an honest test error",
         FallbackWarning,
         stacklevel=3,
     )
 
 
 def _divide(root: Path, files: Files, test_fraction: float) -> tuple[Files, Files]:
-    """Training and test split, the same share of each class."""
+    """Split each class into training and test pictures, in the same proportion."""
     train, test = {}, {}
     for label, names in files.items():
         if len(names) < 2:
             raise InputError(
-                f"{root} has 1 picture of class {label}, which cannot be divided into training and "
-                "test; add more of them or remove the class"
+                f"{root} has 1 picture of class {label}, which cannot be split into training and "
+                "test; add more pictures or remove the class"
             )
-        # In an order that no other file, nor the place of the folder, has a part in.
+        # Hashes order the names independently of the other files and of the folder's location.
         order = sorted(names, key=lambda name: hashlib.sha256(os.fsencode(name)).digest())
         count = min(max(round(test_fraction * len(names)), 1), len(names) - 1)
         test[label], train[label] = sorted(order[:count]), sorted(order[count:])
@@ -284,7 +285,7 @@ def _divide(root: Path, files: Files, test_fraction: float) -> tuple[Files, File
 
 
 def _warn_of_other_pictures(root: Path, folders: list[str], splits: list[Files]) -> None:
-    """Count pictures that are not read: of other suffixes, or in folders below those of classes."""
+    """Warn of pictures that are not read: other formats, or folders below class folders."""
     places = [
         root / folder / name
         for folder, files in zip(folders, splits, strict=True)
@@ -298,14 +299,14 @@ def _warn_of_other_pictures(root: Path, folders: list[str], splits: list[Files])
         left_out.append(f"those in folders below a class folder, such as {deeper[0]}")
     if left_out:
         warnings.warn(
-            f"pictures in {root} that are left out: {'; '.join(left_out)}",
+            f"pictures in {root} are left out: {'; '.join(left_out)}",
             FallbackWarning,
             stacklevel=3,
         )
 
 
 def _count_suffixes(*places: Path) -> str:
-    """`12 .gif, 3 .tif`: pictures in these folders that are not read."""
+    """Count the pictures of other formats in these folders: `12 .gif, 3 .tif`."""
     suffixes = [
         os.path.splitext(entry.name)[1].lower() for place in places for entry in _entries(place)
     ]
@@ -327,7 +328,7 @@ def _source(root: Path, files: Files, checks: dict[str, Check]) -> FileSource:
 
 
 def _sub_folders(folder: Path) -> list[str]:
-    # `entry.is_dir()` raises an error where a link leads to itself.
+    # `entry.is_dir()` would raise on a link that leads to itself.
     return sorted(entry.name for entry in _entries(folder) if os.path.isdir(entry.path))
 
 
@@ -336,7 +337,7 @@ def _pictures(folder: Path) -> list[str]:
 
 
 def _entries(folder: Path) -> list[os.DirEntry]:
-    """All but hidden ones."""
+    """List all entries but hidden ones."""
     try:
         with os.scandir(folder) as entries:
             return [entry for entry in entries if not entry.name.startswith(".")]
@@ -351,5 +352,5 @@ def _is_picture(entry: os.DirEntry) -> bool:
         return entry.is_file()
     try:
         return stat.S_ISREG(entry.stat().st_mode)
-    except OSError:  # it leads nowhere, and reading it will say so
+    except OSError:  # a broken link; reading it will raise
         return True

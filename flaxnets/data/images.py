@@ -1,4 +1,4 @@
-"""Encoded pictures to arrays: decoding, and the crops that networks are trained and tested on."""
+"""Decoding of pictures into arrays, and the crops for training and evaluation."""
 
 import io
 import math
@@ -17,21 +17,21 @@ from PIL.WebPImagePlugin import WebPImageFile
 
 from flaxnets.errors import InputError
 
-# Imported for Pillow to know them; for anything else it would look through all it can read.
+# Importing these plugins registers them; FORMATS keeps Pillow from trying any others.
 KINDS = (JpegImageFile, PngImageFile, WebPImageFile, BmpImageFile)
 FORMATS = [str(kind.format) for kind in KINDS]
 MODES = {1: "L", 3: "RGB"}  # Pillow's names, by the number of channels
-# Part of a picture in pixels, not necessarily whole ones: left, top, right, bottom.
+# Part of a picture, in possibly fractional pixels: left, top, right, bottom.
 Box = tuple[float, float, float, float]
 
-# A JPEG may be decoded at 1/2, 1/4 or 1/8, which is faster, as long as that leaves at least so many
-# pixels a side for each one of the result; with 2 it can hardly be seen (Pillow, `reducing_gap`).
+# Decoding a JPEG at 1/2, 1/4 or 1/8 of its size is faster. It is done if it leaves at least this
+# many pixels a side for each pixel of the result; 2 is hardly visible (Pillow, `reducing_gap`).
 PIXELS_FOR_ONE = 2.0
-# The side of the crops to which He et al. (2015) and Simonyan and Zisserman (2014) give scales.
+# Crop size for which He et al. (2015) and Simonyan and Zisserman (2014) state their scales.
 REFERENCE_CROP = 224
 JPEG_PIXELS, JPEG_END = 0xDA, b"\xff\xd9"
 PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
-# Interlaced PNGs have seven parts: first column and row, and distances of columns and rows.
+# The seven passes of an interlaced PNG: first column and row, column step and row step.
 ADAM7 = (
     (0, 0, 8, 8),
     (4, 0, 8, 8),
@@ -54,10 +54,10 @@ UPRIGHT = {
 
 
 def open_image(file: Path | IO[bytes]) -> Image.Image:
-    """A JPEG, PNG, WebP or BMP picture of which no more than the header is read.
+    """Open a JPEG, PNG, WebP or BMP picture, reading no more than its header.
 
     Raises:
-      ValueError: it is none of them; the message is the reason, in a line.
+      ValueError: the picture has another format; the message is the reason, in one line.
     """
     try:
         return Image.open(file, formats=FORMATS)
@@ -68,35 +68,35 @@ def open_image(file: Path | IO[bytes]) -> Image.Image:
 def decode_image(
     data: bytes, channels: int, at_least: tuple[float, float] | None = None
 ) -> Image.Image:
-    """A JPEG, PNG, WebP or BMP picture, upright, in mode "L" (1 channel) or "RGB" (3).
+    """Decode a JPEG, PNG, WebP or BMP picture, upright, in mode "L" (1 channel) or "RGB" (3).
 
-    Opacity is dropped, and the colours that are stored under it stay, as in torchvision's loader;
-    16 bits a channel become 8; of an animation it is the first picture.
+    Opacity is dropped, and the colours stored under it stay, as in torchvision's loader. Channels
+    of 16 bits are reduced to 8. An animation yields its first picture.
 
     Args:
       data: the file's content.
       channels: 1 or 3.
-      at_least: width and height that are enough; a JPEG may come out at 1/2, 1/4 or 1/8 of its
+      at_least: sufficient width and height; a JPEG may be decoded at 1/2, 1/4 or 1/8 of its
         size, but not smaller than this.
 
     Raises:
-      ValueError: it cannot be read, or not to its end; the message is the reason, in a line.
+      ValueError: the picture cannot be read to its end; the message is the reason, in one line.
     """
     return _decode(open_image(io.BytesIO(data)), channels, at_least)
 
 
 def check_picture(data: bytes) -> str:
-    """Pillow's mode of a picture that can be decoded to its end, and of which nothing is missing.
+    """Check that a picture can be decoded to its end with nothing missing; return its Pillow mode.
 
-    Stricter than `decode_image`, which takes a PNG with fewer rows than its header says and a JPEG
-    that goes on in zeros. A JPEG that was cut and closed in good order is not found.
+    This is stricter than `decode_image`, which accepts a PNG with fewer rows than its header says
+    and a JPEG padded with zeros. A JPEG that was cut and then properly terminated goes undetected.
 
     Raises:
-      ValueError: as `decode_image`.
+      ValueError: the picture cannot be read or is incomplete; see `decode_image`.
     """
     image = open_image(io.BytesIO(data))
     mode = image.mode
-    # A JPEG is read to its end at any size.
+    # Even at a reduced size, a JPEG is read to its end.
     _decode(image, 3, (1, 1))
     if image.format == PngImageFile.format:
         _check_pixels(data)
@@ -113,17 +113,17 @@ def decode_crop(
     draw: Callable[[int, int], Box],
     mirrored: bool = False,
 ) -> np.ndarray:
-    """One part of a picture, resized: uint8 `(height, width, channels)`.
+    """Decode one part of a picture, resized: uint8 `(height, width, channels)`.
 
-    As `decode_image` and a crop, but faster for big JPEGs, of which only the detail that is needed
-    is decoded.
+    This is `decode_image` and a crop, but faster for big JPEGs, which are decoded only to the
+    detail that is needed.
 
     Args:
-      draw: chooses the part; it is told the picture's width and height.
-      mirrored: left to right.
+      draw: chooses the part, given the picture's width and height.
+      mirrored: mirror the result left to right.
 
     Raises:
-      ValueError: as `decode_image`.
+      ValueError: see `decode_image`.
     """
     image = open_image(io.BytesIO(data))
     whole_width, whole_height = image.size
@@ -139,10 +139,10 @@ def decode_crop(
 
 
 def fit(image: Image.Image, height: int, width: int, fraction: float = 1.0) -> np.ndarray:
-    """The centre of a picture, resized: uint8 `(height, width, channels)`.
+    """Resize the centre of a picture: uint8 `(height, width, channels)`.
 
-    It covers `fraction` of the side that limits it: 0.875 is the usual 224 pixels of 256. The
-    resampling is bilinear with antialiasing, here and in the other crops.
+    The centre covers `fraction` of the limiting side: 0.875 is the usual 224 pixels of 256.
+    Resampling is bilinear with antialiasing, here and in the other crops.
     """
     return _cut(image, fit_box(*image.size, height, width, fraction), height, width)
 
@@ -155,11 +155,13 @@ def random_resized_crop(
     scale: tuple[float, float] = (0.08, 1.0),
     ratio: tuple[float, float] = (3 / 4, 4 / 3),
 ) -> np.ndarray:
-    """Szegedy et al. (2014), section 6, as torchvision does it: uint8 `(height, width, channels)`.
+    """Crop as in Szegedy et al. (2014), section 6: uint8 `(height, width, channels)`.
+
+    The algorithm is torchvision's.
 
     Args:
-      scale: range of the crop's share of the area, uniform.
-      ratio: range of its width / height, uniform in the logarithm.
+      scale: range of the crop's share of the area, sampled uniformly.
+      ratio: range of its width / height, sampled uniformly in the logarithm.
     """
     return _cut(image, resized_box(rng, *image.size, scale, ratio), height, width)
 
@@ -170,16 +172,16 @@ def random_scaled_crop(
     size: int,
     shorter: tuple[float, float] = (256, 480),
 ) -> np.ndarray:
-    """He et al. (2015), section 3.4: uint8 `(size, size, channels)`.
+    """Crop as in He et al. (2015), section 3.4: uint8 `(size, size, channels)`.
 
-    A crop from the picture scaled so that its shorter side is uniform in `shorter`, which is given
-    for crops of 224 pixels and applies to others in proportion.
+    The picture is scaled so that its shorter side is uniform in `shorter`. That range is given for
+    crops of 224 pixels and applies to other sizes in proportion.
     """
     return _cut(image, scaled_box(rng, *image.size, shorter), size, size)
 
 
 def fit_box(width: int, height: int, new_height: int, new_width: int, fraction: float) -> Box:
-    """What `fit` cuts out of a picture of `width` x `height`."""
+    """Return the box that `fit` cuts out of a picture of `width` x `height`."""
     scale = fraction * min(width / new_width, height / new_height)
     left = max(0.0, (width - scale * new_width) / 2)
     top = max(0.0, (height - scale * new_height) / 2)
@@ -193,7 +195,7 @@ def resized_box(
     scale: tuple[float, float] = (0.08, 1.0),
     ratio: tuple[float, float] = (3 / 4, 4 / 3),
 ) -> Box:
-    """What `random_resized_crop` cuts out of a picture of `width` x `height`."""
+    """Draw the box that `random_resized_crop` cuts out of a picture of `width` x `height`."""
     narrowest, widest = ratio
     for _ in range(10):
         area = width * height * rng.uniform(*scale)
@@ -211,7 +213,7 @@ def resized_box(
 def scaled_box(
     rng: np.random.Generator, width: int, height: int, shorter: tuple[float, float] = (256, 480)
 ) -> Box:
-    """What `random_scaled_crop` cuts out of a picture of `width` x `height`."""
+    """Draw the box that `random_scaled_crop` cuts out of a picture of `width` x `height`."""
     side = min(width, height) * REFERENCE_CROP / rng.uniform(*shorter)
     left, top = rng.uniform(0, width - side), rng.uniform(0, height - side)
     return left, top, left + side, top + side
@@ -233,8 +235,8 @@ def _decode(image: Image.Image, channels: int, at_least: tuple[float, float] | N
 
 
 def _check_end(jpeg: bytes) -> None:
-    """Refuse a JPEG without a marker of its end after its pixels, as half a download of which the
-    rest is zeros: Pillow fills it up."""
+    """Refuse a JPEG without an end marker after its pixels, such as half a download padded with
+    zeros. Pillow would fill in the missing pixels."""
     position = 2
     while jpeg[position : position + 1] == b"\xff" and jpeg[position + 1] != JPEG_PIXELS:
         filled = jpeg[position + 1] == 0xFF
@@ -244,8 +246,10 @@ def _check_end(jpeg: bytes) -> None:
 
 
 def _check_pixels(png: bytes) -> None:
-    """Refuse a PNG whose compressed pixels are fewer than its header says, or damaged: Pillow is
-    content when they end early in good order, and does not look at their checksum."""
+    """Refuse a PNG whose compressed pixels are damaged, or fewer than its header says.
+
+    Pillow accepts pixel data that ends early but cleanly, and ignores its checksum.
+    """
     try:
         width, height, depth, colour, _, _, interlaced = struct.unpack(">IIBBBBB", png[16:29])
         bits = depth * {0: 1, 2: 3, 3: 1, 4: 2, 6: 4}[colour]
@@ -290,7 +294,7 @@ def _converted(image: Image.Image, mode: str) -> Image.Image:
         # Pillow would make everything above 255 white.
         image = Image.fromarray(np.clip(np.asarray(image) // 256, 0, 255).astype(np.uint8))
     if image.mode == "P" and "transparency" in image.info:
-        image = image.convert("RGBA")  # it warns of the direct way
+        image = image.convert("RGBA")  # the direct conversion warns
     return image if image.mode == mode else image.convert(mode)
 
 

@@ -1,8 +1,8 @@
-"""Batches that worker processes hand over in memory that is used again and again.
+"""Batches that worker processes hand over in reused shared memory.
 
-Worker processes need names for what they share: of memory and, in Grain, of semaphores. A process
-that is killed cannot remove them. So they have the owner's process in them, and the next one to
-start workers removes those of owners that are gone.
+Worker processes share named memory and, in Grain, named semaphores. A killed process cannot remove
+them. Their names therefore identify the owner's process, and the next process to start workers
+removes those whose owner no longer exists.
 """
 
 import contextlib
@@ -23,10 +23,10 @@ import numpy as np
 
 from flaxnets.errors import InputError
 
-# Where Linux shows names of shared memory and, after `sem.`, of semaphores.
+# Linux lists the names of shared memory here and, with the prefix `sem.`, those of semaphores.
 SHARED_MEMORY = Path("/dev/shm")
 OWNED_NAME = re.compile(r"(?:sem\.)?flaxnets-(\d+)-(\d+)-(\d+)-.*")
-# Of a worker process: its number, and how many there are.
+# Index of this worker process, and the number of workers.
 _worker = (0, 1)
 
 # Index in the source of each picture that could not be read, and the reason.
@@ -34,7 +34,7 @@ Unreadable = tuple[tuple[int, str], ...]
 
 
 class Example(NamedTuple):
-    """A picture uint8 `(height, width, channels)`, its label, and what was skipped for it."""
+    """A picture uint8 `(height, width, channels)`, its label, and the pictures skipped for it."""
 
     image: np.ndarray
     label: int
@@ -42,9 +42,9 @@ class Example(NamedTuple):
 
 
 class Batch(NamedTuple):
-    """Images and labels as in `flaxnets.data.Split`, and what was skipped for them.
+    """Images and labels as in `flaxnets.data.Split`, and the pictures skipped for them.
 
-    In transit from a worker, `labels` is bytes, and `images` is bytes or a slot's number.
+    In transit from a worker, `labels` is bytes, and `images` is bytes or a slot number.
     """
 
     images: Any
@@ -53,7 +53,7 @@ class Batch(NamedTuple):
 
 
 def stack_batch(examples: Sequence[Example], images: np.ndarray) -> Batch:
-    """A batch in `images`, which is filled up with zeros where it takes more than `examples`."""
+    """Stack `examples` into a batch in `images`, and fill the rest of it with zeros."""
     count = len(examples)
     labels = np.zeros(len(images), np.int32)
     labels[:count] = [example.label for example in examples]
@@ -64,10 +64,10 @@ def stack_batch(examples: Sequence[Example], images: np.ndarray) -> Batch:
 
 @dataclass(frozen=True)
 class Slots:
-    """Memory that workers share with the first process, for the images of some batches.
+    """Shared memory in which workers hand images of batches to the main process.
 
-    Each worker has slots of its own, and uses them again when they have been emptied: new shared
-    memory, which Grain takes for each batch, costs a tenth of the time of decoding.
+    Each worker has its own slots and reuses them once they have been emptied. Allocating new shared
+    memory for each batch, as Grain does, costs a tenth of the time of decoding.
     """
 
     memory: SharedMemory
@@ -81,15 +81,15 @@ class Slots:
             memory = SharedMemory(_memory_name(), create=True, size=size)
         except OSError as error:
             raise InputError(
-                f"there is no shared memory for workers ({error.strerror}); use fewer, or 0"
+                f"cannot allocate shared memory for workers ({error.strerror}); use fewer, or 0"
             ) from error
         return cls(memory, shape, number)
 
     def send(self, examples: Sequence[Example]) -> Batch:
-        """A batch, in a worker; a slot's number takes the place of images if one is free.
+        """Pack a batch in a worker, its images in a free slot if there is one.
 
-        Arrays become bytes: Grain would put each of them into shared memory with a name, which
-        stays for ever when the processes are killed.
+        The slot number then replaces the images. Arrays become bytes, because Grain would put each
+        of them into named shared memory, which outlives killed processes.
         """
         full = self._full
         for slot in range(_worker[0], self.number, _worker[1]):
@@ -101,7 +101,7 @@ class Slots:
         return batch._replace(images=batch.images.tobytes(), labels=batch.labels.tobytes())
 
     def receive(self, batch: Batch) -> Batch:
-        """The batch that was sent, in memory of this process alone."""
+        """Unpack a batch that was sent, into memory of this process alone."""
         labels = np.frombuffer(batch.labels, np.int32).copy()
         if isinstance(batch.images, int):
             images = self._images(batch.images).copy()
@@ -110,7 +110,7 @@ class Slots:
             images = np.frombuffer(batch.images, np.uint8).reshape(self.shape).copy()
         return batch._replace(images=images, labels=labels)
 
-    # Views are made for each use, since memory with any on it cannot be closed.
+    # Views are created for each use, since shared memory cannot be closed while it has any.
 
     @property
     def _full(self) -> np.ndarray:
@@ -122,8 +122,10 @@ class Slots:
 
 
 def _owner(process: int | str = "self") -> str | None:
-    """A process, told from all others of this machine since it was started: its number, the time it
-    was started at, and the namespace in which its number counts; None for one that is gone."""
+    """Identify a process uniquely on this machine, by its PID, start time and PID namespace.
+
+    Returns None if the process no longer exists.
+    """
     try:
         fields = (
             Path(f"/proc/{process}/stat").read_text(errors="replace").rpartition(")")[2].split()
@@ -135,14 +137,14 @@ def _owner(process: int | str = "self") -> str | None:
 
 
 def _memory_name() -> str | None:
-    """A new name with the owner in it, or None, for any, where there is no /proc."""
+    """Create a name that identifies the owner. Without /proc it is None, for any name."""
     owner = _owner() if sys.platform == "linux" else None
     return owner and f"flaxnets-{owner}-{secrets.token_hex(4)}"
 
 
 @contextlib.contextmanager
 def own_semaphores() -> Iterator[None]:
-    """Have multiprocessing give semaphores names with the owner in them."""
+    """Make multiprocessing name its semaphores after the owner."""
     config: Any = current_process()._config  # pyright: ignore[reportAttributeAccessIssue]
     before, owner = config["semprefix"], _owner() if sys.platform == "linux" else None
     config["semprefix"] = before if owner is None else f"/flaxnets-{owner}"
@@ -155,8 +157,8 @@ def own_semaphores() -> Iterator[None]:
 def remove_leftovers() -> None:
     """Remove what killed processes of this user have left in shared memory.
 
-    Only names of this library whose owner is gone: another namespace's processes are not seen from
-    here, so that theirs stay.
+    Only this library's names are removed, if their owner no longer exists. Names from other PID
+    namespaces stay, since processes there cannot be seen from here.
     """
     if sys.platform != "linux" or not SHARED_MEMORY.is_dir():
         return
@@ -166,20 +168,20 @@ def remove_leftovers() -> None:
         if not found or int(found[3]) != namespace:
             continue
         if _owner(found[1]) != "-".join(found.groups()):
-            # Another process may be removing it, or it is another user's.
+            # Another process may remove it first, or it belongs to another user.
             with contextlib.suppress(FileNotFoundError, PermissionError):
                 entry.unlink()
 
 
 def begin_worker(index: int, count: int) -> None:
-    """What a worker does first."""
+    """Initialise a worker process."""
     global _worker
     _worker = (index, count)
     threading.Thread(target=_follow_parent, daemon=True).start()
 
 
 def _follow_parent() -> None:
-    """A process that is killed cannot stop its workers, which would wait for ever."""
+    """Exit with the parent process: if killed, it cannot stop its workers, which would hang."""
     parent: Any = parent_process()
     parent.join()
     os._exit(1)

@@ -1,6 +1,6 @@
-"""Data bigger than memory: pictures that are read, decoded and cropped while a network trains.
+"""Streaming of data bigger than memory: pictures are read, decoded and cropped during training.
 
-Worker processes import the script that was started once more, so it must start its work under
+Worker processes import the main script again, so it must guard its work with
 `if __name__ == "__main__":`.
 """
 
@@ -47,21 +47,21 @@ from flaxnets.text import plural
 
 CROPS = ("resized", "scaled", "fixed", "none")
 LOADED_TOGETHER = 64
-# As many batches as Grain has on their way from a worker.
+# Number of batches that Grain keeps in flight from a worker.
 SLOTS_OF_A_WORKER = 5
 # This many unreadable pictures in a row mean a missing or unreachable folder, not damaged pictures.
 TOO_MANY_IN_A_ROW = 100
 
 
 class DamagedDatasetError(InputError):
-    """A prepared data set is damaged. Never skipped, since the other examples are suspect too."""
+    """A prepared data set is damaged. It is never skipped: its other examples are suspect too."""
 
 
 class Source(Protocol):
     """Encoded pictures with labels, in a fixed order. Sources can be pickled.
 
     Attributes:
-      labels: int32 `(n,)`, or None where all examples would have to be read for them.
+      labels: int32 `(n,)`, or None if that would mean reading every example.
     """
 
     @property
@@ -70,30 +70,30 @@ class Source(Protocol):
     def __len__(self) -> int: ...
 
     def __getitem__(self, index: int) -> tuple[bytes, int]:
-        """A picture as it is stored, and its label.
+        """Return a picture as it is stored, and its label.
 
         Raises:
-          InputError: it cannot be read.
+          InputError: the picture cannot be read.
           DamagedDatasetError: the data set as a whole is damaged.
         """
         ...
 
     def name(self, index: int) -> str:
-        """Where the user finds an example."""
+        """Say where the user finds an example."""
         ...
 
     def fingerprint(self) -> str:
-        """sha256 over what tells that the examples changed, without reading them all."""
+        """Return a sha256 that changes with the examples, without reading all of them."""
         ...
 
 
 @dataclass(frozen=True)
 class StreamedDataset:
-    """A data set of encoded pictures, of any sizes, that is not in memory.
+    """A data set of encoded pictures of any sizes, which is not held in memory.
 
     Attributes:
       channels: 1 if all pictures are grey, else 3.
-      skipped: the names of those that cannot be read and were left out.
+      skipped: names of the unreadable pictures that were left out.
     """
 
     name: str
@@ -109,15 +109,17 @@ class StreamedDataset:
         return len(self.class_names)
 
     def fingerprint(self) -> str:
-        """sha256 over the names, sizes and labels of all files, or a TFDS data set's version and
-        counts, so that a study can tell whether its data changed."""
+        """Return a sha256 by which a study detects changed data.
+
+        It covers the names, sizes and labels of all files, or a TFDS data set's version and counts.
+        """
         parts = (*self.class_names, self.train.fingerprint(), self.test.fingerprint())
         return hashlib.sha256("\0".join(parts).encode(errors="surrogateescape")).hexdigest()
 
 
 @dataclass(frozen=True, eq=False)
 class Subset:
-    """The examples `rows`, an array of indices, of a source."""
+    """A subset of a source: the examples at the indices `rows`."""
 
     source: Source
     rows: np.ndarray
@@ -169,7 +171,7 @@ class TfdsSource:
         data, label = example[self.image_key], example[self.label_key]
         if data is None or label is None:
             raise DamagedDatasetError(
-                f"{self.name(index)} is damaged; delete all and prepare it again"
+                f"{self.name(index)} is damaged; delete the data set and prepare it again"
             )
         try:
             check_label(int(label), self.num_classes, self.name(index))
@@ -187,7 +189,7 @@ class TfdsSource:
 
     @cached_property
     def _records(self) -> Any:
-        # Not the builder it was found with: that one's class may not be found in another process.
+        # Built from the directory: another process may not find the original builder's class.
         builder: Any = tfds.builder_from_directory(self.directory)
         decoders = {self.image_key: tfds.decode.SkipDecoding()}
         return builder.as_data_source(split=self.split, decoders=decoders)
@@ -197,14 +199,15 @@ class TfdsSource:
 
 
 def find_tfds_stream(name: str, data_dir: str | Path | None = None) -> StreamedDataset:
-    """Look a data set up that TFDS has prepared, with pictures of any sizes.
+    """Look up a data set prepared by TFDS, with pictures of any sizes.
 
     Args:
-      name: as TFDS knows it, such as `imagenette`.
-      data_dir: where TFDS keeps its data sets; its own default, `~/tensorflow_datasets`, if None.
+      name: name of the data set in TFDS, such as `imagenette`.
+      data_dir: directory of TFDS's data sets; None for its default, `~/tensorflow_datasets`.
 
     Raises:
-      InputError: as `find_dataset`, or there are no labels.
+      InputError: `find_dataset` refuses the data set, its images are not uint8, or it has no labels
+        or only one class.
     """
     info = find_dataset(name, data_dir)
     builder = info.builder
@@ -222,12 +225,12 @@ def find_tfds_stream(name: str, data_dir: str | Path | None = None) -> StreamedD
 
     train, test = source("train"), source(info.test_split)
     dtype = np.dtype(builder.info.features[info.image_key].np_dtype)
-    if dtype.kind == "f":  # stored as PNGs whose pixels are the bytes of a number
-        raise InputError(f"{name} has images of {dtype}; choose a data set of uint8 images")
+    if dtype.kind == "f":  # floats are stored as PNGs whose pixels are their bytes
+        raise InputError(f"{name} has {dtype} images; choose a data set of uint8 images")
     if len(info.class_names) < 2:
-        raise InputError(f"{name} has one class; choose a data set with two classes or more")
+        raise InputError(f"{name} has one class; choose a data set with at least two classes")
     for split in (train, test):
-        split[0]  # where labels are hidden, all are
+        split[0]  # raises if labels are missing, as they then are for all examples
     return StreamedDataset(
         name=name,
         version=str(builder.version),
@@ -239,13 +242,14 @@ def find_tfds_stream(name: str, data_dir: str | Path | None = None) -> StreamedD
 
 
 def hold_out(labels: np.ndarray | int, count: int, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
-    """Training and validation rows, `count` of the latter: fixed, random, in ascending order.
+    """Split rows at random into training rows and `count` validation rows, each in ascending order.
 
     Args:
-      labels: of all rows, of which each class gives its share; or how many rows there are.
+      labels: labels of all rows, for a stratified split; or the number of rows.
+      seed: seed that fixes the split.
 
     Raises:
-      InputError: one of the two would be empty.
+      InputError: one of the two parts would be empty.
     """
     total = labels if isinstance(labels, int) else len(labels)
     if not 0 < count < total:
@@ -255,7 +259,7 @@ def hold_out(labels: np.ndarray | int, count: int, seed: int = 0) -> tuple[np.nd
         )
     order = np.random.RandomState(seed).permutation(total)
     if not isinstance(labels, int):
-        # Each at its place in its own class, from 0 to 1; the first of all classes come first.
+        # Sort by the place within the class, from 0 to 1, so that every class gets its share.
         place = np.empty(total)
         for label in np.unique(labels):
             members = np.flatnonzero(labels[order] == label)
@@ -272,14 +276,14 @@ class TrainStream:
       image_size: height and width of the crops in pixels.
       channels: 1 or 3.
       crop: "resized" (Szegedy et al. 2014), "scaled" (He et al. 2015), "fixed" (as "scaled", from
-        a shorter side of 256 for crops of 224), or "none" for all that fits around the centre.
-      flip: whether half of the crops are mirrored left to right.
-      workers: processes that prepare batches; with 0 it is done by threads of this one.
+        a shorter side of 256 for crops of 224), or "none" for the largest centred square.
+      flip: mirror each crop left to right with probability 1/2.
+      workers: number of processes that prepare batches; 0 uses threads of this process.
       skip_unreadable: replace a picture that cannot be read with the next readable one of `source`
-        (after its last, the first), cropped with the same random numbers, and warn.
+        (wrapping around at its end), cropped with the same random numbers, and warn.
 
     Raises:
-      InputError: one of them is out of its range, or there are fewer examples than a batch takes.
+      InputError: a setting is out of range, or there are fewer examples than a batch takes.
     """
 
     source: Source
@@ -294,16 +298,16 @@ class TrainStream:
 
     def __post_init__(self) -> None:
         if self.crop not in CROPS:
-            raise InputError(f"crop is one of {', '.join(CROPS)}, not {self.crop!r}")
+            raise InputError(f"crop must be one of {', '.join(CROPS)}, not {self.crop!r}")
         if min(self.image_size, self.batch_size) < 1 or min(self.seed, self.workers) < 0:
             raise InputError(
-                f"image_size {self.image_size} and batch_size {self.batch_size} have to be above "
-                f"0, seed {self.seed} and workers {self.workers} not below"
+                f"image_size {self.image_size} and batch_size {self.batch_size} must be above "
+                f"0, seed {self.seed} and workers {self.workers} at least 0"
             )
         if self.batch_size > len(self.source):
             raise InputError(
-                f"a batch of {self.batch_size} is more than the {len(self.source)} training "
-                f"examples; make it {len(self.source)} at most"
+                f"a batch of {self.batch_size} is larger than the {len(self.source)} training "
+                f"examples; use {len(self.source)} or fewer"
             )
 
     @property
@@ -313,19 +317,19 @@ class TrainStream:
     def batches(
         self, step: int, total_steps: int, skipped: set[str] | None = None
     ) -> Generator[Split]:
-        """The batches of steps `step`, `step + 1`, ... `total_steps - 1`, counted over all epochs.
+        """Iterate over the batches of steps `step` to `total_steps - 1`, counted over all epochs.
 
-        Images uint8 `(batch, image_size, image_size, channels)`, labels int32 `(batch,)`. Each
-        epoch has its own order; the examples left over at its end are dropped. Close the iterator
-        to stop before its end: it ends the threads or workers.
+        Images are uint8 `(batch, image_size, image_size, channels)`, labels int32 `(batch,)`. Each
+        epoch has its own order, and the examples left over at its end are dropped. To stop early,
+        close the iterator, which ends its threads or workers.
 
         Args:
           skipped: names of the pictures skipped so far, to which new ones are added. Pass the same
             set to all streams of a run to be warned of each picture once.
 
         Raises:
-          InputError: on the way, a picture cannot be read; it is named. With `skip_unreadable`,
-            that is TOO_MANY_IN_A_ROW pictures in a row, or all of them.
+          InputError: while iterating, a picture cannot be read; the message names it. With
+            `skip_unreadable`, only if TOO_MANY_IN_A_ROW pictures in a row, or all, cannot be read.
         """
         epochs = max(1, -(-total_steps // self.steps_per_epoch))
         examples = (
@@ -358,10 +362,10 @@ def eval_batches(
     skip_unreadable: bool = False,
     skipped: set[str] | None = None,
 ) -> Generator[tuple[Split, np.ndarray]]:
-    """All examples once, in order, each as `flaxnets.data.images.fit` cuts it out.
+    """Iterate over all examples once, in order, cropped by `flaxnets.data.images.fit`.
 
-    (Of big JPEGs no more detail than needed is decoded, see `flaxnets.data.images.decode_crop`.)
-    Batches as those of `TrainStream`, with weights bool `(batch,)`; the last batch is filled up
+    Big JPEGs are decoded only to the detail that is needed (`flaxnets.data.images.decode_crop`).
+    Batches are those of `TrainStream`, with weights bool `(batch,)`. The last batch is filled up
     with zeros, whose weights are False.
 
     Args:
@@ -370,8 +374,8 @@ def eval_batches(
       skipped: see `TrainStream.batches`.
 
     Raises:
-      InputError: on the way, a picture cannot be read; it is named. With `skip_unreadable`, that
-        none of them can.
+      InputError: while iterating, a picture cannot be read; the message names it. With
+        `skip_unreadable`, only if none of the pictures can be read.
     """
     examples = grain.MapDataset.range(len(source))
     examples = examples.map(_EvalExample(source, image_size, channels, fraction, skip_unreadable))
@@ -387,12 +391,12 @@ def eval_batches(
                 weights[[index - start for index, _ in batch.unreadable]] = False
                 unreadable += batch.unreadable
                 yield Split(batch.images, batch.labels), weights
-        # Warnings come last, so that a folder that is gone is one error and not a line a picture.
+        # Warn last, so that a missing folder is one error instead of a warning per picture.
         if unreadable and len(unreadable) == len(source):
             index, reason = unreadable[0]
             raise InputError(
-                f"none of {plural(len(source), 'picture')} can be read, such as "
-                f"{source.name(index)} ({reason}); check that they are still there"
+                f"none of {plural(len(source), 'picture')} can be read, for example "
+                f"{source.name(index)} ({reason}); check that they still exist"
             )
         _warn_of_skipped(source, unreadable, set() if skipped is None else skipped)
 
@@ -400,10 +404,10 @@ def eval_batches(
 
 
 def load_in_memory(streamed: StreamedDataset, image_size: int, fraction: float) -> Dataset:
-    """All pictures as `flaxnets.data.images.fit` cuts them out.
+    """Load all pictures into memory, cropped by `flaxnets.data.images.fit`.
 
     Raises:
-      InputError: a picture cannot be read; it is named.
+      InputError: a picture cannot be read; the message names it.
     """
 
     def load(source: Source) -> Split:
@@ -426,15 +430,15 @@ def load_in_memory(streamed: StreamedDataset, image_size: int, fraction: float) 
         train=train,
         test=load(streamed.test),
         preprocess=Preprocess((image_size, image_size, streamed.channels), *statistics),
-        # 4 pixels of 32 in He et al. (2015), section 4.2; whether classes survive a mirror is not
-        # known.
+        # He et al. (2015), section 4.2, pad images of 32 pixels by 4. Pictures are not flipped, as
+        # their classes may not survive mirroring.
         augmentation=Augmentation(pad=image_size // 8, flip=False),
     )
 
 
 @dataclass(frozen=True)
 class _TrainExample:
-    """An example by its index, cropped at random."""
+    """Map from an index to its example, cropped at random."""
 
     stream: TrainStream
 
@@ -452,8 +456,8 @@ class _TrainExample:
             if len(unreadable) == min(len(source), TOO_MANY_IN_A_ROW):
                 first, reason = unreadable[0]
                 raise InputError(
-                    f"{len(unreadable)} pictures in a row cannot be read, from "
-                    f"{source.name(first)} ({reason}) on; check that the pictures are still there"
+                    f"{len(unreadable)} pictures in a row cannot be read, starting with "
+                    f"{source.name(first)} ({reason}); check that the pictures still exist"
                 )
             index = (index + 1) % len(source)
             rng.bit_generator.state = state
@@ -473,7 +477,7 @@ class _TrainExample:
 
 @dataclass(frozen=True)
 class _EvalExample:
-    """An example by its index, its centre."""
+    """Map from an index to its example, cropped at the centre."""
 
     source: Source
     image_size: int
@@ -500,12 +504,12 @@ def _read(
         return decode_crop(data, channels, size, size, draw, mirrored), label
     except ValueError as error:
         raise InputError(
-            f"{source.name(index)} cannot be read ({error}); replace it or take it away"
+            f"{source.name(index)} cannot be read ({error}); replace or remove it"
         ) from error
 
 
 def _reason_to_skip(error: InputError, skip_unreadable: bool) -> str:
-    """The reason for a warning, or raise `error` again if its picture must not be skipped."""
+    """Return the reason for a warning, or re-raise `error` if its picture must not be skipped."""
     if not skip_unreadable or isinstance(error, DamagedDatasetError):
         raise error
     # The file system's or decoder's own words, without the name and the advice around them.
@@ -530,16 +534,16 @@ def _warn_of_skipped(source: Source, unreadable: Unreadable, skipped: set[str]) 
 def _batches(
     examples: grain.MapDataset, shape: tuple[int, ...], start: int, stop: int, workers: int
 ) -> Generator[Batch]:
-    """The batches from `start` to `stop` of `examples`, read ahead; `shape` is that of images."""
+    """Read ahead batches `start` to `stop - 1` of `examples`; `shape` is that of their images."""
     if start >= stop:
         return
     if not flags.FLAGS.is_parsed():
-        flags.FLAGS.mark_as_parsed()  # Grain has flags of its own, which hardly anyone gives
+        flags.FLAGS.mark_as_parsed()  # Grain reads its flags, which are hardly ever set
     read = _read_with_workers if workers else _read_with_threads
     try:
         yield from read(examples, shape, start, stop, workers)
     except InputError as error:
-        raise InputError(*error.args) from error.__cause__  # without notes of Grain's
+        raise InputError(*error.args) from error.__cause__  # drop Grain's notes
 
 
 def _read_with_threads(
@@ -548,7 +552,7 @@ def _read_with_threads(
     def stack(examples: Sequence[Example]) -> Batch:
         return stack_batch(examples, np.empty(shape, np.uint8))
 
-    # One picture at a time for each thread: the first batch is there soon, and closing is fast.
+    # Threads take one picture at a time: the first batch comes soon, and closing is fast.
     threads = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 4
     ahead = grain.ReadOptions(threads, prefetch_buffer_size=max(2 * shape[0], threads))
     examples = examples.slice(slice(start * shape[0], stop * shape[0]))
@@ -565,7 +569,7 @@ def _read_with_workers(
     workers = min(workers, stop - start)
     remove_leftovers()
     slots, received = Slots.create(shape, SLOTS_OF_A_WORKER * workers), 0
-    # Workers take turns at whole batches, so that the number of them changes nothing.
+    # Workers take turns at whole batches, so their number does not change the batches.
     batches = iter(
         examples.batch(shape[0], batch_fn=slots.send)
         .slice(slice(start, stop))
@@ -573,9 +577,9 @@ def _read_with_workers(
         .mp_prefetch(grain.MultiprocessingOptions(workers), worker_init_fn=begin_worker)
     )
     try:
-        # Workers begin with the first batch, and inherit this. Ctrl-C reaches every process of the
-        # terminal, and what is to stop then is for the first of them to say.
-        resource_tracker.ensure_running()  # which would undo it
+        # Workers start with the first batch and inherit this mask. Ctrl-C reaches every process of
+        # the terminal, but only the main process decides what to stop.
+        resource_tracker.ensure_running()  # starting it later would unblock SIGINT
         mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
         try:
             with own_semaphores():
@@ -586,7 +590,7 @@ def _read_with_workers(
             batch = slots.receive(batch)
             received += 1
             if received == workers:
-                # All workers have it now; without a name it goes with the last of them.
+                # All workers have opened it. Without a name, it is freed once the last one exits.
                 slots.memory.unlink()
             yield batch
             batch = next(batches, None)
@@ -594,8 +598,8 @@ def _read_with_workers(
         if "exit code" not in str(error):
             raise
         raise InputError(
-            f"a worker ended before its work was done ({' '.join(str(error).split())}); "
-            "use fewer workers, or more shared memory (/dev/shm), or none with 0 workers"
+            f"a worker exited before its work was done ({' '.join(str(error).split())}); "
+            "use fewer workers, more shared memory (/dev/shm), or 0 workers, which need none"
         ) from error
     finally:
         batches.close()
@@ -605,7 +609,7 @@ def _read_with_workers(
 
 
 def _closed_at_exit(batches: Generator[Any]) -> Generator[Any]:
-    """For those whom nobody closes before: when the interpreter drops them, too much is gone."""
+    """Close leftover iterators at exit, before interpreter teardown breaks them."""
     atexit.register(_close, weakref.ref(batches))
     return batches
 

@@ -1,7 +1,7 @@
-"""Why plain networks degrade: what can be measured in trained residual networks and their twins.
+"""Diagnostics of why plain networks degrade, measured in plain networks and their residual twins.
 
-A diagnostic is a class: `measure` looks into the networks of a study, an instance holds the numbers
-that are stored, and figure, sentences and table are made from these numbers alone.
+A diagnostic is a class: `measure` measures the networks of a study, and an instance holds the
+numbers that are stored. Figure, sentences and table are made from these numbers alone.
 """
 
 from flaxnets.diagnostics.construction import Construction, insert_identities
@@ -33,7 +33,7 @@ from flaxnets.diagnostics.layers import block_names, layer_names
 from flaxnets.diagnostics.residuals import Residuals, lesion_errors, residual_ratios
 from flaxnets.diagnostics.responses import Responses, layer_responses
 
-# Under the names of their files, in the order in which they are run and shown.
+# Keyed by file name, in the order in which they are run and shown.
 DIAGNOSTICS: dict[str, type[Diagnostic]] = {
     "gradients": Gradients,
     "gradient-log": LoggedGradients,

@@ -1,4 +1,4 @@
-"""A deep plain network made from a shallow one and identities, and trained on from there."""
+"""A deep plain network made from a shallow one and identities, then trained further."""
 
 import math
 from dataclasses import asdict, dataclass, replace
@@ -38,19 +38,20 @@ from flaxnets.training import Recipe, RunResult, TrainSetup, TrainState, train_r
 from flaxnets.training.evaluation import compute_logits
 from flaxnets.training.loop import EVAL_BATCH
 
-EPSILON = 1e-5  # of `flaxnets.models.layers.batch_norm`
+EPSILON = 1e-5  # epsilon of `flaxnets.models.layers.batch_norm`
 CONTINUED_EPOCHS = 20
 
 
 def insert_identities(
     shallow: ResNet, variables: Variables, deep: ResNet, images: jax.Array
 ) -> dict[str, Any]:
-    """Variables of the plain network `deep` that make it the function which the plain `shallow` is.
+    """Make variables with which the plain network `deep` computes the function of `shallow`.
 
-    The argument of He et al. (2015), section 1, that a deeper network need not be worse: the blocks
-    that it has more, at the end of each stage, are identities. Their kernels copy each channel, and
-    their BatchNorms undo what they do: running statistics are those of the signal on `images`, the
-    scale its standard deviation, the bias its mean. Rectified signals pass the rectifiers.
+    This is the argument of He et al. (2015), section 1, that a deeper network need not be worse:
+    its extra blocks, at the end of each stage, are identities. Their kernels copy each channel.
+    Their BatchNorms undo their own normalisation: running statistics are those of the signal on
+    `images`, the scale is its standard deviation, the bias its mean. Rectified signals pass the
+    rectifiers unchanged.
 
     Raises:
       ValueError: `deep` is not `shallow` with more two-convolution blocks.
@@ -59,11 +60,13 @@ def insert_identities(
     alike = shallow.clone(stage_sizes=deep.stage_sizes) == deep
     more = all(few <= many for few, many in zip(*sizes, strict=False))
     if not alike or not more or deep.residual or deep.block != "basic" or deep.preactivation:
-        raise ValueError("identities go between the blocks of plain networks of one family")
+        raise ValueError(
+            "identities can only be inserted between the blocks of plain networks of one family"
+        )
 
     @jax.jit
     def stage_statistics(variables: Variables, images: jax.Array) -> list[tuple[Any, Any]]:
-        # In bfloat16 the statistics would be too coarse to undo.
+        # Statistics in bfloat16 would be too coarse to undo.
         seen = watch_modules(shallow.clone(dtype=jnp.float32), variables, images)
         ends = [
             seen[f"stage{stage}_block{size}"][1]
@@ -135,7 +138,7 @@ class Construction:
             raise ValueError("its histories are not those of its networks")
         for history in self.histories.values():
             if not history.steps or len(history.steps) != len(history.train_error):
-                raise ValueError("a history is not an error for each epoch")
+                raise ValueError("a history does not have an error for each epoch")
         if not self.continued or any(
             {"step", "train_error"} - row.keys() for row in self.continued
         ):
@@ -280,7 +283,7 @@ class Construction:
 def continue_training(
     study: Study, options: Options, shallow: Network, deep: Network, variables: dict[str, Any]
 ) -> RunResult:
-    """Train a constructed network with the study's recipe, in a run directory of its own.
+    """Train a constructed network with the study's recipe, in a separate run directory.
 
     Raises:
       NotPossibleError: the recipe's batches do not fit this machine.
@@ -289,7 +292,7 @@ def continue_training(
     examples, devices = len(study.dataset.train.labels), jax.device_count()
     if not 0 < recipe.batch_size <= examples or recipe.batch_size % devices:
         raise NotPossibleError(
-            f"batches of {recipe.batch_size} of {examples} images do not divide by the "
+            f"batches of {recipe.batch_size} of {examples} images do not split evenly over the "
             f"{devices} devices of this machine"
         )
     study_epochs = recipe.total_steps(examples) // (examples // recipe.batch_size)

@@ -1,4 +1,4 @@
-"""What diagnostics take and give: the networks of a study, numbers to store, a finding to show."""
+"""Inputs and outputs of diagnostics: networks of a study, numbers to store, findings to show."""
 
 import json
 import math
@@ -31,7 +31,7 @@ class NotPossibleError(Exception):
 
 @dataclass(frozen=True)
 class Setting:
-    """What all numbers of a study share; figures take their titles and colours from it.
+    """Facts that all numbers of a study share; figures take their titles and colours from them.
 
     Attributes:
       dataset: name of the data set.
@@ -49,7 +49,7 @@ class Setting:
         return f"{self.dataset}, {self.updates:,} updates, seed {self.seed}"
 
     def check_names(self, names: Iterable[str]) -> None:
-        """Refuse numbers of other networks than those of the study.
+        """Check that `names` may be networks of the study.
 
         Raises:
           ValueError: one of `names` is not `kind-depth`, or its depth is unknown.
@@ -85,7 +85,7 @@ class Images(NamedTuple):
 
 @dataclass(frozen=True)
 class Study:
-    """What the diagnostics measure: the finished plain and residual networks of one seed.
+    """Finished plain and residual networks of one seed, which the diagnostics measure.
 
     Attributes:
       path: directory of the study.
@@ -107,21 +107,21 @@ class Study:
 
     @property
     def out(self) -> Path:
-        """Where findings are written."""
+        """Directory of the findings."""
         return self.path / "diagnostics"
 
     def of_kind(self, kind: str) -> list[Network]:
         return [network for network in self.networks if network.run.kind == kind]
 
     def twins(self) -> list[Network]:
-        """Plain and residual network of the greatest depth that both kinds have."""
+        """Return the plain and residual network of the greatest depth that both kinds have."""
         depths = [{network.run.depth for network in self.of_kind(k)} for k in ("plain", "residual")]
         deepest = max(set.intersection(*depths), default=None)
         return [network for network in self.networks if network.run.depth == deepest]
 
 
 class TrainingPlan(NamedTuple):
-    """What is known of a run before it starts; `work` is the cost of a step, in any unit."""
+    """Facts about a run before it starts; `work` is the cost of a step, in any unit."""
 
     name: str
     work: float
@@ -131,7 +131,7 @@ class TrainingPlan(NamedTuple):
 
 
 class Options(NamedTuple):
-    """How to measure.
+    """Options of the measurements.
 
     Attributes:
       batch: number of training images for the gradients.
@@ -147,7 +147,7 @@ class Options(NamedTuple):
     watch: Callable[[TrainingPlan], AbstractContextManager[Callable[[Progress], None]]]
 
 
-# What a diagnostic finds.
+# Findings.
 
 
 class Table(NamedTuple):
@@ -158,7 +158,7 @@ class Table(NamedTuple):
 
 
 class Finding(NamedTuple):
-    """What a diagnostic shows besides its figure."""
+    """Text and table that a diagnostic shows with its figure."""
 
     title: str
     paragraph: str
@@ -202,10 +202,10 @@ def _encode(value: Any) -> Any:
 
 
 def read_numbers(path: Path, kind: type[T]) -> T:
-    """Read numbers of the dataclass `kind` that `write_numbers` has written; null becomes NaN.
+    """Read numbers of the dataclass `kind` written by `write_numbers`; null becomes NaN.
 
     Raises:
-      InputError: it cannot be read, or holds something else.
+      InputError: the file cannot be read, or holds something else.
     """
     try:
         if path.stat().st_size > LARGEST_FILE:
@@ -218,10 +218,10 @@ def read_numbers(path: Path, kind: type[T]) -> T:
 
 
 def _decode(kind: Any, value: Any, name: str) -> Any:
-    """`value` as the type `kind`: a dataclass, dict, list, tuple or plain value.
+    """Convert `value` to the type `kind`: a dataclass, dict, list, tuple or plain value.
 
     Raises:
-      ValueError: it is something else.
+      ValueError: `value` does not have that type.
     """
     if is_dataclass(kind):
         hints: dict[str, Any] = get_type_hints(kind)
@@ -264,10 +264,10 @@ def write_finding(out: Path, name: str, found: Finding, order: Sequence[str]) ->
 
 
 def split_name(name: str) -> tuple[str, int]:
-    """Kind and depth of `plain-56`.
+    """Return kind and depth of a name such as `plain-56`.
 
     Raises:
-      ValueError: it is not the name of such a network.
+      ValueError: `name` is not the name of such a network.
     """
     found = re.fullmatch(r"(plain|residual)-(\d{1,4})", name)
     if found is None:
@@ -276,7 +276,7 @@ def split_name(name: str) -> tuple[str, int]:
 
 
 def deepest_of_each_kind(names: Iterable[str]) -> list[str]:
-    """The deepest plain network and the deepest residual one, where there are any."""
+    """Return the deepest plain network and the deepest residual one, if any."""
     by_kind: dict[str, str] = {}
     for name in sorted(names, key=split_name):
         by_kind[split_name(name)[0]] = name
@@ -284,23 +284,23 @@ def deepest_of_each_kind(names: Iterable[str]) -> list[str]:
 
 
 def listed(words: Sequence[str]) -> str:
-    """`a, b and c`."""
+    """Join words as `a, b and c`."""
     return f"{', '.join(words[:-1])} and {words[-1]}" if len(words) > 1 else "".join(words)
 
 
 def significant(value: float) -> str:
-    """Three significant digits: `0.0238`, `641`, `1,360`, `5.71e-07`; `nan`, `inf`."""
+    """Format with three significant digits: `0.0238`, `641`, `1,360`, `5.71e-07`; `nan`, `inf`."""
     text = f"{value:#.3g}".rstrip(".")
     return f"{float(text):,.0f}" if "e+" in text and abs(value) < 1e7 else text
 
 
 def finite(values: Iterable[float]) -> list[float]:
-    """Those values that are finite; one NaN where none is."""
+    """Return the finite values, or one NaN if there are none."""
     return [value for value in values if math.isfinite(value)] or [math.nan]
 
 
 def span(values: Iterable[float]) -> str:
-    """`0.250 to 0.450`, from the lowest to the highest finite value."""
+    """Format the lowest and the highest finite value as `0.250 to 0.450`."""
     values = list(values)
     shown = finite(values)
     if math.isnan(shown[0]):

@@ -44,9 +44,10 @@ START, BARE, END = "at the start", "at the start, without BatchNorm", "at the en
 def gradient_norms(
     model: nn.Module, variables: Variables, images: jax.Array, labels: jax.Array
 ) -> dict[str, float]:
-    """Euclidean norm of the gradient of the mean cross-entropy with respect to each layer's kernel.
+    """Compute the norm of the gradient with respect to each layer's kernel.
 
-    In training mode: BatchNorm, where there is any, uses the statistics of these images.
+    Norms are Euclidean and the loss is the mean cross-entropy. The network is in training mode:
+    BatchNorm, if any, uses the statistics of these images.
 
     Args:
       images: float32 `(batch, height, width, channels)`, normalised.
@@ -76,7 +77,7 @@ def _gradients(
 
 
 def without_batch_norm(model: ResNet) -> ResNet:
-    """The same network with nothing in place of each BatchNorm."""
+    """Return the same network without BatchNorm."""
     return model.clone(norm=_Nothing)
 
 
@@ -91,7 +92,7 @@ class _Nothing(nn.Module):
 
 
 def initial_variables(network: Network) -> dict[str, Any]:
-    """The variables that the run began with, as `create_state` makes them."""
+    """Recreate the variables that the run began with, as `create_state` makes them."""
     init_key, _ = jax.random.split(jax.random.key(network.run.seed))
     shape = network.restored.preprocess.input_shape
     return replicate(init_variables(network.model, init_key, shape), data_mesh())
@@ -110,7 +111,7 @@ class Gradients:
 
     def __post_init__(self) -> None:
         if self.norms.keys() != {START, BARE, END}:
-            raise ValueError("its moments are other ones")
+            raise ValueError("its moments are not the expected ones")
         for norms in self.norms.values():
             self.study.check_names(norms)
             if any(len(layers) < 3 for layers in norms.values()):
@@ -137,7 +138,7 @@ class Gradients:
         return cls(study.setting, len(batch.labels), norms)
 
     def convolutions(self, moment: str) -> dict[str, list[float]]:
-        """Norms at a moment, of every layer but the last one, which is dense."""
+        """Return the norms at a moment, of every layer but the last one, which is dense."""
         return {name: list(layers.values())[:-1] for name, layers in self.norms[moment].items()}
 
     def draw(self, path: Path) -> None:
@@ -182,9 +183,9 @@ class Gradients:
 
 
 def describe_flow(norms: Sequence[float]) -> str:
-    """How the gradient changes on its way from the last of these layers to the first.
+    """Describe how the gradient changes from the last of these layers to the first.
 
-    By its factor, with no threshold: 99-fold and 101-fold must not read differently.
+    The description is the factor, without a threshold: 99-fold and 101-fold must read alike.
     """
     first, last = norms[0], norms[-1]
     if not (math.isfinite(first) and math.isfinite(last)):
@@ -197,14 +198,14 @@ def describe_flow(norms: Sequence[float]) -> str:
     return f"{'grows' if first > last else 'shrinks'} {factor}-fold"
 
 
-# Through training.
+# Gradients through training.
 
 PLACES = ("first convolution", "middle convolution", "last convolution")
 
 
 @dataclass(frozen=True)
 class LoggedGradients:
-    """The gradients that runs have logged: network -> a row an epoch, see `GradientLog`."""
+    """Gradients logged by runs: network -> one row per epoch, see `GradientLog`."""
 
     study: Setting
     rows: dict[str, list[dict[str, float]]]
@@ -228,7 +229,7 @@ class LoggedGradients:
         return cls(study.setting, logged)
 
     def series(self, name: str) -> dict[str, list[float]]:
-        """The norms of a network at three places, a value an epoch."""
+        """Return the norms of a network at three places, one value per epoch."""
         rows = self.rows[name]
         layers = list(rows[0])[2:]  # after epoch and step
         chosen = (layers[0], layers[len(layers) // 2], layers[-2])  # the last one is dense
@@ -278,7 +279,7 @@ class LoggedGradients:
 
 
 def read_gradients(directory: Path, names: Sequence[str]) -> list[dict[str, float]]:
-    """The rows of a run's `gradients.csv`, an epoch each; none without one.
+    """Read the rows of a run's `gradients.csv`, one per epoch; none without the file.
 
     Raises:
       InputError: it is damaged, or its layers are not `names`.
@@ -302,8 +303,8 @@ def read_gradients(directory: Path, names: Sequence[str]) -> list[dict[str, floa
 class GradientLog:
     """`gradients.csv` in a run directory: `epoch`, `step` and the norm of each layer's gradient.
 
-    The gradient is that of the mean loss on fixed training images, as `gradient_norms`. A run that
-    resumes from an earlier step loses the rows behind it and writes them again.
+    The gradient is that of the mean loss on fixed training images, as in `gradient_norms`. A run
+    that resumes from an earlier step drops the later rows and writes them again.
     """
 
     def __init__(self, model: nn.Module, images: jax.Array, labels: jax.Array) -> None:
@@ -323,7 +324,7 @@ class GradientLog:
         read_gradients(directory, self._names)
 
     def write(self, directory: Path, state: TrainState, row: Mapping[str, Any]) -> None:
-        """Add the state at the end of an epoch, whose row of `metrics.csv` is `row`."""
+        """Add a row for `state` at the end of an epoch, whose row of `metrics.csv` is `row`."""
         variables = unstack_blocks(state.variables)
         norms = jax.device_get(self._norms(variables, self._images, self._labels))
         if not is_primary():

@@ -32,17 +32,17 @@ from flaxnets.diagnostics.panels import WIDTH, round_ticks
 from flaxnets.reporting.figures import write_png_and_svg
 from flaxnets.training.steps import cross_entropy
 
-# Of a square of points around a network, along both directions.
+# Offsets of a square of points around a network, along both directions.
 OFFSETS = np.linspace(-1.0, 1.0, 15)
 DRAWN = 141  # points along each side that the figure interpolates
 
 
 def random_direction(params: Any, seed: int) -> Any:
-    """A normal direction in the space of the kernels, each filter of the norm that it has in
-    `params` (Li et al. 2018, arXiv:1712.09913, section 4); zero for biases and BatchNorm.
+    """Draw a normal direction in the space of the kernels, with the filter norms of `params`.
 
-    It depends on `seed` and the parameters' names and shapes, so that twins get the same one but
-    for the norms.
+    The filter normalisation is that of Li et al. (2018), arXiv:1712.09913, section 4. Biases and
+    BatchNorm parameters get zeros. The numbers drawn depend on `seed` and the parameters' names and
+    shapes, so that twins get the same direction except for the norms.
     """
 
     def draw(path: Any, leaf: Any) -> np.ndarray:
@@ -50,7 +50,7 @@ def random_direction(params: Any, seed: int) -> Any:
         if path[-1].key != "kernel":
             return np.zeros_like(leaf)
         name = zlib.crc32(jax.tree_util.keystr(path).encode())
-        # NumPy's numbers: JAX would compile for every shape.
+        # Drawn with NumPy: JAX would compile for every shape.
         direction = np.random.default_rng([seed, name]).standard_normal(leaf.shape, np.float32)
         filters = tuple(range(leaf.ndim - 1))  # each has one output channel
         norms = [np.sqrt(np.square(array).sum(filters)) for array in (leaf, direction)]
@@ -67,14 +67,15 @@ def loss_surface(
     offsets: np.ndarray,
     seed: int = 0,
 ) -> np.ndarray:
-    """Mean cross-entropy around the parameters along two random directions.
+    """Compute the mean cross-entropy around the parameters, along two random directions.
 
-    In training mode, as the optimizer sees it: running statistics are those of another network as
-    soon as a kernel moves. BatchNorm's own parameters are left as they are.
+    The network is in training mode, as the optimizer sees it: running statistics are wrong as soon
+    as a kernel moves. BatchNorm's own parameters stay as they are.
 
     Args:
-      offsets: `(n,)`, along both; 1 is as far as the parameters are from zero, filter by filter.
-      seed: of the directions, see `random_direction`.
+      offsets: `(n,)`, offsets along both directions; 1 is as far as the parameters are from zero,
+        filter by filter.
+      seed: seed of the directions, see `random_direction`.
 
     Returns:
       float `(n, n)`; a row is an offset along the second direction.
@@ -145,8 +146,8 @@ class Landscape:
     def draw(self, path: Path) -> None:
         """Draw each surface on one scale of colours, with contours; the cross is the network.
 
-        It is interpolated: between the points of the 15x15 grid that were measured, the logarithm
-        of the loss follows cubic splines.
+        Between the measured points of the 15x15 grid, cubic splines interpolate the logarithm of
+        the loss.
         """
         surfaces = {name: np.array(rows) for name, rows in self.loss.items()}
         low, high = colour_range(list(surfaces.values()))
@@ -162,7 +163,7 @@ class Landscape:
             picture = ax.imshow(
                 smooth,
                 norm=LogNorm(low, high),
-                # Few enough colours for the picture to stay small.
+                # 64 colours keep the file small.
                 cmap=colormaps["cividis"].resampled(64),
                 origin="lower",
                 extent=(*edge, *edge),
@@ -218,15 +219,15 @@ class Landscape:
 
 
 def _draw_contours(ax: Axes, fine: np.ndarray, smooth: np.ndarray) -> None:
-    """Contours at round losses, each labelled once where there is room."""
+    """Draw contours at round losses, each labelled once if there is room."""
     if smooth.max() < 1.001 * smooth.min():
-        return  # nothing but rounding
+        return  # the variation is rounding
     levels = round_ticks(float(smooth.min()), float(smooth.max()), most=12)
     contours = ax.contour(fine, fine, smooth, levels, colors="w", linewidths=0.8)
     size = fine[-1] - fine[0]
-    places = [np.zeros(2)]  # the cross
+    places = [np.zeros(2)]  # the cross in the middle
     for path in contours.get_paths():
-        # Not at the edge, which would cut a label.
+        # Keep labels away from the edge, which would cut them.
         points = np.asarray(path.vertices)
         inner = points[np.abs(points - fine.mean()).max(1) < 0.43 * size]
         away = [min(np.hypot(*(point - place)) for place in places) for point in inner]
@@ -239,8 +240,10 @@ def _draw_contours(ax: Axes, fine: np.ndarray, smooth: np.ndarray) -> None:
 
 
 def colour_range(surfaces: list[np.ndarray]) -> tuple[float, float]:
-    """Losses that the ends of the colour scale stand for, in all panels: the lowest and the 98th
-    percentile, as a few points may explode."""
+    """Return the losses at the ends of the colour scale, which all panels share.
+
+    They are the lowest loss and the 98th percentile, because a few points may explode.
+    """
     finite = np.concatenate([surface[np.isfinite(surface)] for surface in surfaces])
     if not finite.size:
         return 1.0, 10.0

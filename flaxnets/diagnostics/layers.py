@@ -1,7 +1,7 @@
-"""Names of layers and blocks, and a look at the signals between them.
+"""Names of layers and blocks, and the signals between them.
 
-Layers and blocks are named as in `params`, joined by `/`, and come in the order in which an image
-passes them. Networks are version 1 of `flaxnets.models.resnet`.
+Layers and blocks are named as in `params`, joined by `/`, in the order in which an image passes
+them. Networks are version 1 of `flaxnets.models.resnet`.
 """
 
 import re
@@ -17,7 +17,7 @@ Variables = Mapping[str, Any]
 
 
 def layer_names(params: Mapping[str, Any]) -> list[str]:
-    """The weighted layers on the longest path: shortcuts are left out."""
+    """List the weighted layers on the longest path, which has no shortcuts."""
     names = [
         "/".join(entry.key for entry in path[:-1])
         for path, _ in jax.tree.leaves_with_path(params)
@@ -31,12 +31,12 @@ def layer_names(params: Mapping[str, Any]) -> list[str]:
 
 
 def block_names(params: Mapping[str, Any]) -> list[str]:
-    """The blocks, `stage1_block1` first."""
+    """List the blocks, `stage1_block1` first."""
     return list(dict.fromkeys(name.split("/")[0] for name in layer_names(params)[1:-1]))
 
 
 def find_layer(tree: Mapping[str, Any], name: str) -> Any:
-    """The subtree of the layer `name`."""
+    """Return the subtree of the layer `name`."""
     for part in name.split("/"):
         tree = tree[part]
     return tree
@@ -45,7 +45,7 @@ def find_layer(tree: Mapping[str, Any], name: str) -> Any:
 def watch_modules(
     model: nn.Module, variables: Variables, images: jax.Array
 ) -> dict[str, tuple[jax.Array, jax.Array]]:
-    """Input and output of every module, in evaluation mode, under its name."""
+    """Return the input and output of every module in evaluation mode, by name."""
     seen = {}
 
     def look(call: Callable, args: Any, kwargs: Any, context: nn.module.InterceptorContext) -> Any:
@@ -60,8 +60,10 @@ def watch_modules(
 
 
 def shortcut_output(seen: Mapping[str, Any], block: str, like: jax.Array) -> jax.Array:
-    """The output of a block's shortcut, with the shape of `like`; for a plain block, that of the
-    parameter-free shortcut A. `seen` is what `watch_modules` gives."""
+    """Return the output of a block's shortcut, with the shape of `like`.
+
+    A plain block gets the parameter-free shortcut A. `seen` is returned by `watch_modules`.
+    """
     projection = seen.get(f"{block}/shortcut_bn")
     if projection is not None:
         return projection[1]

@@ -1,6 +1,7 @@
-"""What the figures of several diagnostics share: panels side by side, lines, scales.
+"""Panels, lines and scales shared by the figures of several diagnostics.
 
-They keep the convention of `flaxnets.figures`: a column for each kind, a colour for each depth.
+They follow the convention of `flaxnets.reporting.figures`: a column for each kind, a colour for
+each depth.
 """
 
 import math
@@ -39,7 +40,7 @@ class Row(NamedTuple):
 
 
 def number_values(values: Mapping[str, Sequence[float]]) -> dict[str, Line]:
-    """A line for each network: its values against 1, 2, 3 ..."""
+    """Make a line for each network: its values against 1, 2, 3 ..."""
     return {
         name: Line(split_name(name)[1], range(1, len(numbers) + 1), numbers)
         for name, numbers in values.items()
@@ -47,7 +48,7 @@ def number_values(values: Mapping[str, Sequence[float]]) -> dict[str, Line]:
 
 
 def list_kinds(names: Iterable[str]) -> list[str]:
-    """Kinds in the order of their columns: plain left, residual right."""
+    """List kinds in the order of their columns: plain left, residual right."""
     return sorted({split_name(name)[0] for name in names})
 
 
@@ -66,7 +67,7 @@ def draw_grid(
 ) -> None:
     """Draw rows of panels, a column for each kind, all on the same scales.
 
-    Written to `path`, a PNG, and as an SVG beside it.
+    Written to `path`, a PNG, and as an SVG next to it.
 
     Args:
       labels: labels of the x-axes and of the y-axes.
@@ -109,7 +110,7 @@ def _can_be_shown(ax: Axes, y: float) -> bool:
 
 
 def name_depths(depths: Iterable[int], setting: Setting) -> list[Line2D]:
-    """Legend entries for these depths."""
+    """Make legend entries for these depths."""
     colours = colour_depths(setting.depths)
     return [
         Line2D([], [], color=colours[depth], label=f"depth {depth}", **LINE)
@@ -123,8 +124,8 @@ def name_depths(depths: Iterable[int], setting: Setting) -> list[Line2D]:
 def round_ticks(low: float, high: float, most: int = 9) -> list[float]:
     """List round numbers from `low` to `high` for a logarithmic scale.
 
-    They are 1, 2 and 5 times powers of ten. Where these would be more than `most`, they are powers
-    of ten alone; where they would be fewer than four, there are others between them.
+    They are 1, 2 and 5 times powers of ten. If these are more than `most`, only powers of ten
+    remain. If they are fewer than four, numbers between them are added.
     """
     powers = range(math.floor(math.log10(low)), math.floor(math.log10(high)) + 1)
 
@@ -175,13 +176,13 @@ def stretch_around_one(values: ArrayLike) -> np.ndarray:
 
 
 def shrink_around_one(values: ArrayLike) -> np.ndarray:
-    """The inverse of `stretch_around_one`."""
+    """Invert `stretch_around_one`."""
     values = np.asarray(values, float)
     return 1 + 0.01 * np.sign(values) * np.expm1(np.abs(values))
 
 
 def set_scale_around_one(ax: Axes, values: Sequence[float]) -> None:
-    """Set a scale for values of which most lie near 1; see `stretch_around_one`."""
+    """Set a scale for values mostly near 1; see `stretch_around_one`."""
     shown = [value for value in values if math.isfinite(value)] or [1.0]
     low, high = stretch_around_one(np.array([min(*shown, 0.99), max(*shown, 1.01)]))
     margin = 0.05 * (high - low)

@@ -1,4 +1,4 @@
-"""Blocks one by one: how much each adds to the signal, and what is lost without it."""
+"""Blocks one by one: how much each adds to the signal, and the error without it."""
 
 import re
 import statistics
@@ -39,12 +39,14 @@ from flaxnets.models.resnet import Block
 from flaxnets.reporting.figures import STYLES, colour_depths, scale_errors, write_png_and_svg
 from flaxnets.training.steps import count_errors
 
-WHOLE = "none"  # of the blocks removed
+WHOLE = "none"  # key of the network with no block removed
 
 
 def residual_ratios(model: nn.Module, variables: Variables, images: jax.Array) -> dict[str, float]:
-    """||F(x)|| / ||x|| of each block, F the residual function and x what the shortcut brings: the
-    mean of it over the images."""
+    """Compute the mean over images of ||F(x)|| / ||x|| for each block.
+
+    F is the residual function and x the output of the shortcut.
+    """
     blocks = block_names(variables["params"])
 
     @jax.jit
@@ -68,10 +70,10 @@ def residual_ratios(model: nn.Module, variables: Variables, images: jax.Array) -
 def lesion_errors(
     model: nn.Module, variables: Variables, images: jax.Array, labels: jax.Array
 ) -> dict[str | None, float]:
-    """Error in percent with one block removed, for each block; under None, with none removed.
+    """Compute the error in percent without each block and, under None, of the whole network.
 
-    Of a removed block its shortcut remains; of a plain one, the parameter-free shortcut A that its
-    residual twin has (Veit et al. 2016, arXiv:1605.06431, section 4).
+    A removed block leaves its shortcut. A plain block leaves the parameter-free shortcut A of its
+    residual twin (Veit et al. 2016, arXiv:1605.06431, section 4).
     """
     blocks = block_names(variables["params"])
 
@@ -103,7 +105,7 @@ def lesion_errors(
 
 @dataclass(frozen=True)
 class Residuals:
-    """What blocks add and what is lost without them, on `images` test images.
+    """Contribution of blocks and errors without them, on `images` test images.
 
     Attributes:
       ratios: residual network -> block -> ||F(x)|| / ||x||.
@@ -142,7 +144,7 @@ class Residuals:
         return cls(study.setting, len(study.test.labels), ratios, lesions)
 
     def errors(self) -> dict[str, list[float]]:
-        """Test error without each block, in order."""
+        """Return the test error without each block, in order."""
         return {
             name: [error for block, error in errors.items() if block != WHOLE]
             for name, errors in self.lesions.items()
@@ -161,7 +163,7 @@ class Residuals:
                 self._draw_ratios(column[1])
             elif self.ratios:
                 column[1].set_axis_off()
-                # The panel below must not carry its axis labels.
+                # The empty panel below cannot carry the axis labels.
                 column[0].set_xlabel("block removed, counted from the image")
                 column[0].tick_params(labelbottom=True)
         for ax in axes[0, 1:]:
@@ -188,7 +190,7 @@ class Residuals:
     def _draw_lesions(self, ax: Axes, kind: str) -> None:
         errors = [error for blocks in self.lesions.values() for error in blocks.values()]
         scale_errors(ax, errors, "test error")
-        ax.set_ylim(top=1.3 * ax.get_ylim()[1])  # room for the depths
+        ax.set_ylim(top=1.3 * ax.get_ylim()[1])  # room for the depth labels
         colours = colour_depths(self.study.depths)
         lines = number_values(self.errors())
         for name, errors in self.lesions.items():

@@ -1,4 +1,4 @@
-"""How much layers respond: Figure 7 of He et al. (2015)."""
+"""Responses of layers, as in Figure 7 of He et al. (2015)."""
 
 import math
 import re
@@ -25,8 +25,11 @@ from flaxnets.diagnostics.panels import Row, draw_grid, number_values, set_scale
 
 
 def layer_responses(model: nn.Module, variables: Variables, images: jax.Array) -> dict[str, float]:
-    """Standard deviation of the output of each 3x3 layer after BatchNorm, before the addition and
-    the rectifier, over all images, places and channels (He et al. 2015, Figure 7)."""
+    """Compute the standard deviation of each 3x3 layer's output over images, places and channels.
+
+    The output is taken after BatchNorm, before the addition and the rectifier (He et al. 2015,
+    Figure 7).
+    """
     names = [
         name
         for name in layer_names(variables["params"])[:-1]

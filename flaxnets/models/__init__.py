@@ -50,11 +50,11 @@ _KERAS_RESNET = re.compile(r"keras_resnet(\d+)v([12])")
 
 
 def list_models() -> list[str]:
-    """Names that `create_model` takes: the published networks, then patterns for other depths.
+    """List the names that `create_model` takes: published networks, then patterns for other depths.
 
-    The paper trained no plain networks but 18 and 34 (ImageNet) and 20, 32, 44, 56 (CIFAR);
-    `plain50`, `plain101` and `plain152` are the residual ones of its Table 1 without shortcuts.
-    No plain network of version 2 is published.
+    The paper trained plain networks only of depths 18 and 34 (ImageNet) and 20, 32, 44, 56 (CIFAR).
+    `plain50`, `plain101` and `plain152` are the residual networks of its Table 1 without shortcuts.
+    No plain network of version 2 has been published.
     """
     kinds = ("resnet", "plain")
     return [
@@ -72,7 +72,7 @@ def list_models() -> list[str]:
 
 
 def published_image_shape(name: str) -> tuple[int, int, int]:
-    """Height, width and channels of the images that the network called `name` is published for."""
+    """Return height, width and channels of the images that network `name` was published for."""
     if name in ("cnn", "ynet"):
         return 28, 28, 1
     small = name == "vgg_residual" or name.startswith(("cifar_", "keras_"))
@@ -82,14 +82,15 @@ def published_image_shape(name: str) -> tuple[int, int, int]:
 def create_model(
     name: str, num_classes: int | EllipsisType | None = ..., **overrides: Any
 ) -> nn.Module:
-    """The network called `name`, with any attribute of its module overridden.
+    """Create the network called `name`, with any attribute of its module overridden.
 
     Args:
-      name: one of `list_models()`. `<depth>` is any even number from 8, but of the form 9n + 2 in
-        `cifar_resnet<depth>v2` from 164 on and in `keras_resnet<depth>v2`, and 6n + 2 in
-        `keras_resnet<depth>v1`.
-      num_classes: that of the published network unless given: 1,000 for ImageNet's, 10 for the
-        others. None returns pooled features `(batch, features)` instead of logits.
+      name: one of `list_models()`. `<depth>` is any even number of at least 8. It must have the
+        form 9n + 2 in `cifar_resnet<depth>v2` from 164 up and in `keras_resnet<depth>v2`, and
+        6n + 2 in `keras_resnet<depth>v1`.
+      num_classes: width of the logits; by default that of the published network, 1,000 for
+        ImageNet's and 10 for the others. None returns pooled features `(batch, features)`
+        instead of logits.
       overrides: attributes of the module, such as `shortcut="C"` or `dtype=jnp.bfloat16`.
 
     Returns:
@@ -98,8 +99,8 @@ def create_model(
       `(batch, num_classes)`. Training a network with dropout takes `rngs={"dropout": key}`.
 
     Raises:
-      InputError: no network has that name, the family does not have that depth, the module has no
-        such attribute, or `num_classes` is no number of classes.
+      InputError: the name, the depth or an attribute is unknown, or `num_classes` is neither a
+        positive integer nor None.
     """
     build, module = _builder(name)
     known = [field.name for field in fields(module) if field.name not in ("parent", "name")]
@@ -113,21 +114,21 @@ def create_model(
         whole = hasattr(num_classes, "__index__") and not isinstance(num_classes, bool)
         if num_classes is not None and not (whole and num_classes > 0):
             raise InputError(
-                f"num_classes is a whole number above 0, or None for features, not {num_classes!r}"
+                f"num_classes must be a positive integer, or None for features, not {num_classes!r}"
             )
         overrides["num_classes"] = num_classes
     return build(**overrides)
 
 
 def _builder(name: str) -> tuple[Callable[..., Any], Any]:
-    """What makes the network called `name` from attributes of its module, and the module."""
+    """Return the function that builds network `name` from module attributes, and the module."""
     if name in _NAMED:
         return _NAMED[name], _NAMED[name]()
     if match := _RESNET.fullmatch(str(name)):
         cifar, kind, depth, v2 = match.groups()
         if not cifar and int(depth) not in IMAGENET_STAGES:
             raise InputError(
-                f"no network is called {name!r}: the ImageNet family has depths "
+                f"unknown network {name!r}: the ImageNet family has depths "
                 f"{', '.join(map(str, IMAGENET_STAGES))}; did you mean cifar_{name}?"
             )
         family = cifar_resnet if cifar else imagenet_resnet
@@ -140,6 +141,6 @@ def _builder(name: str) -> tuple[Callable[..., Any], Any]:
     if "<depth>" in str(name):
         raise InputError(f"write a number for <depth>: {str(name).replace('<depth>', '56')!r}")
     raise InputError(
-        f"no network is called {name!r}{nearest(str(name), list_models())}; "
+        f"unknown network {name!r}{nearest(str(name), list_models())}; "
         "flaxnets.list_models() lists them"
     )

@@ -1,5 +1,5 @@
 """AlexNet: Krizhevsky, Sutskever and Hinton (2012), "ImageNet Classification with Deep
-Convolutional Neural Networks", and the form of it that torchvision has."""
+Convolutional Neural Networks", and torchvision's form of it."""
 
 from collections.abc import Sequence
 from functools import partial
@@ -29,16 +29,17 @@ class AlexNet(nn.Module):
     the five convolutions are sown as `intermediates` `stages`.
 
     Attributes:
-      filters: of the five convolutions (11x11/4, 5x5, 3x3, 3x3, 3x3).
+      filters: filters of the five convolutions (11x11/4, 5x5, 3x3, 3x3, 3x3).
       num_classes: width of the logits; None returns the pooled features, flattened.
-      groups: 2 splits convolutions 2, 4 and 5, as over the two GPUs of 2012.
+      groups: number of groups in convolutions 2, 4 and 5; 2 for the two GPUs of 2012.
       local_response_norm: normalise after the rectifiers of convolutions 1 and 2, over all
         channels (in 2012 each GPU saw its own half).
-      dropout: rate in the classifier.
-      dropout_first: dropout before each hidden dense layer, as in torchvision, instead of after.
-      init_2012: start as in the paper (section 5), kernels N(0, 0.01), biases of convolutions 2, 4
-        and 5 and of the hidden dense layers 1; otherwise torch's uniform kernels and biases 0.
-      padding: of the first convolution.
+      dropout: dropout rate in the classifier.
+      dropout_first: apply dropout before each hidden dense layer, as in torchvision, not after.
+      init_2012: initialise as in the paper (section 5): kernels N(0, 0.01), and biases 1 in
+        convolutions 2, 4 and 5 and in the hidden dense layers. Otherwise kernels are torch's
+        uniform ones, and biases 0.
+      padding: padding of the first convolution.
       dtype: type of the computation. `param_dtype` is that of the parameters.
     """
 
@@ -97,14 +98,14 @@ class AlexNet(nn.Module):
 
 
 def alexnet(**overrides: Any) -> AlexNet:
-    """AlexNet as torchvision has it: Krizhevsky (2014), "One weird trick for parallelizing
+    """Create AlexNet as in torchvision: Krizhevsky (2014), "One weird trick for parallelizing
     convolutional neural networks" (arXiv:1404.5997), on one GPU."""
     settings: dict[str, Any] = {"filters": (64, 192, 384, 256, 256), "dropout_first": True}
     return AlexNet(**settings | overrides)
 
 
 def alexnet2012(**overrides: Any) -> AlexNet:
-    """AlexNet as published in 2012, for images of 227x227 or 224x224 pixels.
+    """Create AlexNet as published in 2012, for images of 227x227 or 224x224 pixels.
 
     The published 55x55 maps come from 224 pixels with padding 2, as here, or from 227 with
     `padding=0`, as in Caffe. `groups=1, local_response_norm=False` gives the common form for one

@@ -1,19 +1,19 @@
-"""Convolutions on CPUs by oneDNN, the library that PyTorch uses there, too.
+"""Convolutions on CPUs with oneDNN, the library that PyTorch uses there too.
 
-XLA computes them with Eigen or YNNPACK, and the gradient with respect to the kernel, whose window
-is as large as the image, after copying both images into another layout. jaxlib for Linux on x86-64
-also brings oneDNN along, and reaches it through a custom call of the name below. 3x3 convolutions
-at batch 128 on two cores of an AMD EPYC with AVX-512, in milliseconds (XLA, here, PyTorch 2.13):
+XLA computes them with Eigen or YNNPACK. For the gradient with respect to the kernel, whose window
+is as large as the image, it first copies both images into another layout. jaxlib for Linux on
+x86-64 also ships oneDNN, reachable through a custom call. Times of 3x3 convolutions at batch 128 on
+two cores of an AMD EPYC with AVX-512, in milliseconds (XLA, this module, PyTorch 2.13):
 
     map     channels   value              gradient of x      gradient of the kernel
     32x32   16         8.1   3.2   3.0    5.7   3.3   2.9    14.4   5.6   2.7
     16x16   32         6.1   2.9   2.6    6.0   2.9   2.6     9.9   4.1   2.7
     8x8     64         5.8   2.7   2.3    5.7   2.8   2.4     8.5   3.0   2.5
 
-The custom call is not a documented interface: it is used with versions of jaxlib that the tests
-have passed with, where it is known to be safe, and once it has passed a check on this machine (with
-SSE4.1 alone it hangs). Everything else, and every other platform, gets `lax.conv_general_dilated`
-itself, and so does everything with `FLAXNETS_CONV=xla` in the environment.
+The custom call is not a documented interface. It is used only with versions of jaxlib that have
+passed the tests, in cases known to be safe, and after passing a check on this machine (with SSE4.1
+alone it hangs). All other cases and platforms use `lax.conv_general_dilated` itself, and so does
+everything with `FLAXNETS_CONV=xla` in the environment.
 """
 
 import json
@@ -32,14 +32,14 @@ from jax.interpreters import ad, batching, mlir
 from flaxnets.models.onednn import has_onednn, passes_check
 
 DIMENSIONS = ("NHWC", "HWIO", "NHWC")
-# Kernel gradients of larger inputs go through the caches in parts of so many images.
+# Kernel gradients of inputs from LARGE elements up take PART images at a time, to fit the caches.
 LARGE, PART = 2**20, 16
-# Images, size, channels in and out, and stride of the convolutions that `check_onednn` tries.
+# Convolutions that `check_onednn` tries: images, size, input and output channels, stride.
 CHECKED_SHAPES = ((128, 32, 1, 16, 1), (128, 32, 16, 16, 1), (32, 8, 16, 32, 2))
 
 
 def conv_general_dilated(x: jax.Array, kernel: jax.Array, strides: Any, padding: Any, **kw: Any):
-    """`lax.conv_general_dilated` as `flax.linen.Conv` calls it (NHWC images, HWIO kernels)."""
+    """Replace `lax.conv_general_dilated` in `flax.linen.Conv` (NHWC images, HWIO kernels)."""
     ordinary = (
         not has_onednn()
         or isinstance(padding, str)
@@ -56,10 +56,10 @@ def conv_general_dilated(x: jax.Array, kernel: jax.Array, strides: Any, padding:
 
 
 def check_onednn() -> None:
-    """Compare oneDNN with XLA, several times: where it hangs, it does not do so each time.
+    """Compare oneDNN with XLA several times, since a oneDNN that hangs does not hang every time.
 
     Raises:
-      AssertionError: they differ.
+      AssertionError: the results differ.
     """
     rng = np.random.default_rng(0)
     for count, size, channels, filters, stride in CHECKED_SHAPES:
@@ -79,19 +79,22 @@ def check_onednn() -> None:
 
 
 def ordinary_conv(x: jax.Array, kernel: jax.Array, *, strides: Any, padding: Any) -> jax.Array:
-    """The convolution by XLA."""
+    """Convolve with XLA."""
     return lax.conv_general_dilated(x, kernel, strides, padding, dimension_numbers=DIMENSIONS)
 
 
 def onednn_conv(x: jax.Array, kernel: jax.Array, *, strides: Any, padding: Any) -> jax.Array:
-    """The same by oneDNN."""
+    """Convolve with oneDNN."""
     return _call_onednn(x, kernel, "HWIO", strides, padding, (1, 1))
 
 
 def ordinary_kernel_gradient(
     x: jax.Array, g: jax.Array, *, size: tuple[int, int], strides: Any, padding: Any
 ) -> jax.Array:
-    """Of `ordinary_conv`: `(height, width, in, out)` of `size`, from that of the output, `g`."""
+    """Compute the kernel gradient of `ordinary_conv` with XLA, from `g`, that of its output.
+
+    The result is `(height, width, in, out)`, with height and width from `size`.
+    """
     kernel = jax.ShapeDtypeStruct((*size, x.shape[-1], g.shape[-1]), x.dtype)
     conv = partial(ordinary_conv, x, strides=strides, padding=padding)
     return jax.linear_transpose(conv, kernel)(g)[0]
@@ -100,14 +103,14 @@ def ordinary_kernel_gradient(
 def onednn_kernel_gradient(
     x: jax.Array, g: jax.Array, *, size: tuple[int, int], strides: Any, padding: Any
 ) -> jax.Array:
-    """The same by a convolution of oneDNN: over the images, where `g` is the kernel.
+    """Compute the same gradient with oneDNN, as a convolution over the images with kernel `g`.
 
-    Images become channels and the channels of `x` neighbouring pixels of a row, which the kernel
-    steps over as if dilated. The output is as wide as the true kernel times these channels: enough
-    to keep the processor's vector units busy, for which `size` alone would be too small.
+    Images become channels. The channels of `x` become neighbouring pixels of a row, which the
+    kernel steps over by dilation. The output is then as wide as the true kernel times these
+    channels, which keeps the vector units busy; `size` alone would be too small.
     """
-    # Down and to the right so far that the output has the kernel's size; less than nothing where
-    # the last rows or columns are out of every window's reach.
+    # Pad below and to the right until the output has the kernel's size. This padding is negative if
+    # no window reaches the last rows or columns.
     (top, bottom), (left, right) = (
         (before, k + s * (o - 1) - n - before)
         for k, s, o, n, (before, _) in zip(
@@ -149,7 +152,7 @@ def _call_onednn(
     padding: Sequence[Sequence[int]],
     dilation: Sequence[int],
 ) -> jax.Array:
-    """NHWC convolution; the axes of `kernel` are in the order of `kernel_layout`."""
+    """Call oneDNN's NHWC convolution; `kernel_layout` is the order of the axes of `kernel`."""
     axis = {letter: kernel_layout.index(letter) for letter in "HWIO"}
     shape = [
         (n + sum(pad) - (kernel.shape[axis[letter]] - 1) * d - 1) // s + 1
@@ -208,8 +211,10 @@ def _primitive(
     shape: Callable,
     gradients: tuple[Callable, Callable],
 ) -> Primitive:
-    """A function that JAX can differentiate in every mode, as often as asked: it is linear in each
-    of its two operands, and `gradients` are those with respect to them."""
+    """Create a primitive that JAX can differentiate in every mode and to any order.
+
+    It is linear in each of its two operands, and `gradients` are those with respect to them.
+    """
     primitive = Primitive(name)
 
     def batch(operands: Any, axes: Any, **kw: Any):
@@ -218,11 +223,11 @@ def _primitive(
     compiled = jax.jit(primitive.bind, static_argnames=("strides", "padding", "size"))
 
     def compute(*operands: Any, **kw: Any):
-        with jax.disable_jit(False):  # without `jit` it would call itself for ever
+        with jax.disable_jit(False):  # without `jit` it would recurse forever
             return compiled(*operands, **kw)
 
     def lower_on_cpu(context: mlir.LoweringRuleContext, *operands: Any, **kw: Any):
-        # An exported program is for other machines too, and may have no such custom call in it.
+        # An exported program may run on other machines, so it must not contain the custom call.
         exported = context.module_context.lowering_parameters.for_export
         function = ordinary if exported or not passes_check() else onednn
         return mlir.lower_fun(function, multiple_results=False)(context, *operands, **kw)

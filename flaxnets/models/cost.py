@@ -1,4 +1,4 @@
-"""What a network is made of and costs, counted from shapes; nothing is computed."""
+"""Layers and cost of a network, counted from shapes alone."""
 
 from collections.abc import Mapping
 from typing import Any, NamedTuple
@@ -13,7 +13,7 @@ from flaxnets.models.stacking import unscanned
 class Cost(NamedTuple):
     """Trainable parameters, and multiply-adds of one image's forward pass.
 
-    Multiply-adds are those of convolutions and dense layers, taps on the padding included, as in
+    Multiply-adds are those of convolutions and dense layers, including taps on the padding, as in
     the paper's Table 1.
     """
 
@@ -22,7 +22,7 @@ class Cost(NamedTuple):
 
     @property
     def work(self) -> int:
-        """Multiply-adds, or the parameters of a network of other layers; at least 1."""
+        """Multiply-adds, or the number of parameters if that is larger; at least 1."""
         return max(self.multiply_adds, self.parameters, 1)
 
 
@@ -30,10 +30,10 @@ class LayerCost(NamedTuple):
     """A layer with parameters, or a block of such layers.
 
     Attributes:
-      path: its name, from the outermost module in.
-      kind: such as `3x3 conv, 64, /2`, with the filters and the stride.
-      input_shape, output_shape: without the batch.
-      cost: its own parameters and multiply-adds, none for a block.
+      path: names of the enclosing modules and the layer, outermost first.
+      kind: description such as `3x3 conv, 64, /2`, with the filters and the stride.
+      input_shape, output_shape: shapes without the batch axis.
+      cost: parameters and multiply-adds of the layer itself; 0 for a block.
     """
 
     path: tuple[str, ...]
@@ -44,20 +44,20 @@ class LayerCost(NamedTuple):
 
 
 def list_layers(model: nn.Module, image_shape: tuple[int, ...]) -> list[LayerCost]:
-    """The layers of `model` on images `(height, width, channels)`, in the order they are run."""
+    """List the layers of `model` on images `(height, width, channels)`, in order of execution."""
     return [layer for layer in list_modules(model, image_shape) if layer.cost.parameters]
 
 
 def list_modules(model: nn.Module, image_shape: tuple[int, ...]) -> list[LayerCost]:
-    """As `list_layers`, and the blocks: each after its layers."""
+    """List the layers as `list_layers` does, and each block after its layers."""
     return _trace(unscanned(model), image_shape)[0]
 
 
 def count_cost(model: nn.Module, image_shape: tuple[int, ...], num_classes: int) -> Cost:
-    """The cost of `model` on images `(height, width, channels)`.
+    """Count the cost of `model` on images `(height, width, channels)`.
 
     Raises:
-      ValueError: the output is not logits `(batch, num_classes)`, in training mode or out of it.
+      ValueError: the output is not logits `(batch, num_classes)` in training or evaluation mode.
     """
     model = unscanned(model)
     layers, logits, variables = _trace(model, image_shape)
@@ -77,11 +77,11 @@ def count_cost(model: nn.Module, image_shape: tuple[int, ...], num_classes: int)
 
 
 def count_depth(model: nn.Module, image_shape: tuple[int, ...]) -> int:
-    """The number of weighted layers (convolutions and dense layers) on the longest path of `model`
+    """Count the weighted layers (convolutions and dense layers) on the longest path of `model`
     from images `(height, width, channels)` to its output.
 
-    It is what networks are named by: 20 of `cifar_resnet20`, 8 of AlexNet. Of `ynet`, whose two
-    branches of three layers are side by side, it is 4.
+    Networks are named by this depth: it is 20 for `cifar_resnet20` and 8 for AlexNet. For `ynet`,
+    with two parallel branches of three layers, it is 4.
     """
     images = jax.ShapeDtypeStruct((1, *image_shape), jnp.float32)
     variables = jax.eval_shape(
@@ -92,22 +92,22 @@ def count_depth(model: nn.Module, image_shape: tuple[int, ...]) -> int:
 
 
 def _longest_path(jaxpr: Any) -> int:
-    """Convolutions and dense layers that the value which has passed most of them has passed."""
+    """Count the convolutions and dense layers on the longest path through `jaxpr`."""
     passed: dict[Any, int] = {}
     for equation in jaxpr.eqns:
-        # Constants in the program have passed none, and cannot be keys.
+        # Literals, which have a `val`, have passed no layer and cannot be keys.
         before = [passed.get(v, 0) for v in equation.invars if not hasattr(v, "val")]
         weighted = equation.primitive.name in ("conv", "conv_general_dilated", "dot_general")
         parts = jax.tree.leaves(equation.params, is_leaf=lambda part: hasattr(part, "eqns"))
         inside = [_longest_path(part) for part in parts if hasattr(part, "eqns")]
-        times = equation.params.get("length", 1)  # of a scan
+        times = equation.params.get("length", 1)  # iterations of a scan
         for output in equation.outvars:
             passed[output] = max(before, default=0) + weighted + times * max(inside, default=0)
     return max(passed.values(), default=0)
 
 
 def _trace(model: nn.Module, image_shape: tuple[int, ...]):
-    """The layers, and shapes of the output and of the variables."""
+    """Trace `model`; return its layers and the shapes of its output and variables."""
     layers: list[LayerCost] = []
 
     def record(next_method, args, kwargs, context):
@@ -135,7 +135,7 @@ def _trace(model: nn.Module, image_shape: tuple[int, ...]):
 
 
 def _shape(arrays: Any) -> tuple[int, ...]:
-    """Of the first array, without the batch; a module may take none, or several."""
+    """Return the shape of the first array, if any, without its batch axis."""
     shapes = [leaf.shape for leaf in jax.tree.leaves(arrays) if hasattr(leaf, "shape")]
     return tuple(shapes[0][1:]) if shapes else ()
 

@@ -1,4 +1,4 @@
-"""Layers that the networks share."""
+"""Layers shared by the networks."""
 
 import math
 from collections.abc import Callable, Sequence
@@ -16,11 +16,12 @@ Layer = Callable[..., Any]
 
 
 def he_normal_fan_out(key: jax.Array, shape: Sequence[int], dtype: Any = jnp.float32) -> jax.Array:
-    """Untruncated normal of variance 2 / fan-out, for kernels `(height, width, in, out)`.
+    """Draw kernels `(height, width, in, out)` from an untruncated normal of variance 2 / fan-out.
 
-    He et al. (2015), "Delving Deep into Rectifiers" (arXiv:1502.01852, equation 14), and
-    torchvision. `nn.initializers.he_normal` is truncated, and of variance 2 / fan-in. The same
-    numbers as `variance_scaling(2.0, "fan_out", "normal")`; a flat draw compiles in a third.
+    See He et al. (2015), "Delving Deep into Rectifiers" (arXiv:1502.01852, equation 14), and
+    torchvision. `nn.initializers.he_normal` is truncated and has variance 2 / fan-in. The numbers
+    are those of `variance_scaling(2.0, "fan_out", "normal")`, but a flat draw compiles in a third
+    of the time.
     """
     fan_out = math.prod(shape) // shape[-2]
     flat = jax.random.normal(key, (math.prod(shape),), dtype)
@@ -28,18 +29,18 @@ def he_normal_fan_out(key: jax.Array, shape: Sequence[int], dtype: Any = jnp.flo
 
 
 def uniform_fan_in(key: jax.Array, shape: Sequence[int], dtype: Any = jnp.float32) -> jax.Array:
-    """Uniform of variance 1 / (3 fan-in), torch's default for convolutions and dense layers."""
-    # What `variance_scaling` returns could not be pickled.
+    """Draw uniform kernels of variance 1 / (3 fan-in), torch's default (conv and dense layers)."""
+    # Wrapped, because the function that `variance_scaling` returns cannot be pickled.
     return nn.initializers.variance_scaling(1 / 3, "fan_in", "uniform")(key, shape, dtype)
 
 
-# Layers are functions: a pickled and restored one is equal to itself, which a `partial` is not.
+# Layers are functions, because an unpickled `partial` does not equal the original.
 
 
 def dense(
     features: int, *, kernel_init: nn.initializers.Initializer = uniform_fan_in, **kwargs: Any
 ) -> nn.Dense:
-    """A dense layer with torch's default kernels."""
+    """Create a dense layer with torch's default kernel initialisation."""
     return nn.Dense(features, kernel_init=kernel_init, **kwargs)
 
 
@@ -53,7 +54,7 @@ def conv(
     kernel_init: nn.initializers.Initializer = he_normal_fan_out,
     **kwargs: Any,
 ) -> nn.Conv:
-    """A `size` x `size` convolution with padding `(size - 1) // 2` on every side unless given."""
+    """Create a `size` x `size` convolution, padded by `(size - 1) // 2` by default."""
     return nn.Conv(
         filters,
         (size, size),
@@ -69,40 +70,40 @@ def conv(
 def batch_norm(
     *, momentum: float = 0.9, epsilon: float = 1e-5, param_dtype: Any = jnp.float32, **kwargs: Any
 ) -> nn.BatchNorm:
-    """BatchNorm (Ioffe and Szegedy 2015, arXiv:1502.03167) with torchvision's constants.
+    """Create a BatchNorm (Ioffe and Szegedy 2015, arXiv:1502.03167) with torchvision's constants.
 
-    `momentum` is what the running statistics keep, 1 - that of torch.
+    `momentum` is the share that the running statistics keep, 1 minus torch's momentum.
     """
     return nn.BatchNorm(
         momentum=momentum,
         epsilon=epsilon,
         param_dtype=param_dtype,
-        # Statistics of bfloat16 activations stay float32; those of float64 ones, float64.
+        # Statistics are float32 for bfloat16 activations, and float64 for float64 activations.
         force_float32_reductions=param_dtype != jnp.float64,
         **kwargs,
     )
 
 
 def relu(x: jax.Array) -> jax.Array:
-    """Rectifier `max(x, 0)`; its gradient at 0 is 0, and NaN stays NaN.
+    """Compute the rectifier `max(x, 0)`; its gradient at 0 is 0, and NaN stays NaN.
 
-    `maximum` after an addition makes XLA on CPUs compute the whole residual stream again in every
-    later block, a step time quadratic in depth; this form does not.
+    With `maximum` after an addition, XLA on CPUs recomputes the whole residual stream in every
+    later block, so the step time grows with the square of depth. This form avoids that.
     """
     return jnp.where(x <= 0, 0, x)
 
 
 def max_pool(x: jax.Array, size: int, stride: int, padding: int = 0) -> jax.Array:
-    """Largest value in windows of `size` x `size`; windows that do not fit are left out."""
+    """Take the largest value in windows of `size` x `size`; windows that do not fit are dropped."""
     pads: Any = ((padding, padding), (padding, padding))  # annotated as str in Flax
     return nn.max_pool(x, (size, size), (stride, stride), pads)
 
 
 def adaptive_average_pool(x: jax.Array, size: int) -> jax.Array:
-    """`(batch, height, width, channels)` -> `(batch, size, size, channels)`, as torch does it.
+    """Pool `(batch, height, width, channels)` to `(batch, size, size, channels)`, as torch does.
 
     Output i of an axis of n pixels averages pixels floor(i n / size) to ceil((i + 1) n / size), so
-    that bins overlap where n does not divide and repeat pixels where n is below `size`.
+    that bins overlap if n is not a multiple of `size`, and repeat pixels if n is below it.
     """
     if x.shape[1:3] == (size, size):
         return x
@@ -119,11 +120,11 @@ def adaptive_average_pool(x: jax.Array, size: int) -> jax.Array:
 
 
 def local_response_norm(x: jax.Array) -> jax.Array:
-    """Local response normalisation over 5 neighbouring channels, `(..., channels)`.
+    """Normalise local responses over 5 neighbouring channels of `(..., channels)`.
 
-    Krizhevsky et al. (2012), section 3.3: x / (2 + 1e-4 sum x^2)^0.75. As that formula is printed,
-    alpha = 1e-4 multiplies the sum; torch and Caffe divide it by the 5 channels, so that their
-    alpha for the same function is 5e-4.
+    Krizhevsky et al. (2012), section 3.3: x / (2 + 1e-4 sum x^2)^0.75. In that formula as printed,
+    alpha = 1e-4 multiplies the sum. torch and Caffe divide alpha by the 5 channels, so their alpha
+    for the same function is 5e-4.
     """
     n, k, alpha, beta = 5, 2.0, 1e-4, 0.75
     channels = x.shape[-1]
@@ -133,10 +134,10 @@ def local_response_norm(x: jax.Array) -> jax.Array:
 
 
 def check_pixels(x: jax.Array, images: jax.Array) -> None:
-    """Refuse `images` of which the feature map `x` has nothing left.
+    """Refuse `images` that leave no pixels in the feature map `x`.
 
     Raises:
-      InputError: they are too small.
+      InputError: the images are too small.
     """
     if 0 in x.shape[1:]:
         height, width = images.shape[1:3]
@@ -152,10 +153,10 @@ def classifier(
     head: Layer,
     dropout_first: bool = False,
 ) -> jax.Array:
-    """Two hidden dense layers with dropout, and the head: `(batch, features)` -> logits.
+    """Apply two hidden dense layers with dropout, and the head: `(batch, features)` -> logits.
 
-    Dropout follows each hidden layer, or with `dropout_first` comes before it. Call it from a
-    compact method, which then owns the layers.
+    Dropout follows each hidden layer, or precedes it with `dropout_first`. Call this function from
+    a compact method, which then owns the layers.
     """
     for i in (1, 2):
         if dropout_first:

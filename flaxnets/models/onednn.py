@@ -1,4 +1,4 @@
-"""Whether the oneDNN inside jaxlib can be used on this machine."""
+"""Checks that jaxlib's oneDNN can be used on this machine."""
 
 import hashlib
 import os
@@ -17,11 +17,11 @@ import jaxlib.version
 
 from flaxnets.errors import FallbackWarning, InputError
 
-# A jaxlib in which the custom call has changed would end the process.
+# A jaxlib in which the custom call has changed would crash the process.
 TESTED_JAXLIB = ((0, 10, 2), (0, 13, 0))
-# Seconds; the check takes about five, and a busy machine must not fail it.
+# Seconds. The check takes about five, and a busy machine must not fail it.
 CHECK_LIMIT = 60
-# The alarm ends it where the process that waits for it has been killed.
+# The alarm ends the check even if the parent process has been killed.
 CHECK = (
     f"import signal; signal.alarm({CHECK_LIMIT});"
     "from flaxnets.models.convolution import check_onednn; check_onednn()"
@@ -30,17 +30,19 @@ _CHECKING = threading.Lock()
 
 
 def has_onednn() -> bool:
-    """Whether oneDNN is there and may be used; whether it works, `passes_check` finds out.
+    """Return whether oneDNN is available and may be used; `passes_check` tests whether it works.
 
-    Not over several devices: the partitioner of XLA cannot split a custom call. Not with the
-    persistent compilation cache: storing a program that has one in it fails.
+    It may not be used with several devices, since XLA's partitioner cannot split a custom call, nor
+    with the persistent compilation cache, which cannot store a program with a custom call.
 
     Raises:
       InputError: the environment variable FLAXNETS_CONV is neither empty nor `xla`.
     """
     choice = os.environ.get("FLAXNETS_CONV", "")
     if choice not in ("", "xla"):
-        raise InputError(f"FLAXNETS_CONV is xla, for XLA's convolutions, or unset, not {choice!r}")
+        raise InputError(
+            f"FLAXNETS_CONV must be xla (for XLA's convolutions) or unset, not {choice!r}"
+        )
     first, beyond = TESTED_JAXLIB
     config: Any = jax.config
     return (
@@ -54,10 +56,10 @@ def has_onednn() -> bool:
 
 
 def passes_check() -> bool:
-    """Whether oneDNN's convolutions return, with the right numbers, on this machine.
+    """Return whether oneDNN's convolutions finish with the right numbers on this machine.
 
-    A child process tries them once for each processor, jaxlib and setting of oneDNN; the verdict is
-    kept below `XDG_CACHE_HOME` (`~/.cache`). Where it fails, a `FallbackWarning` says so.
+    A child process tries them once for each processor, jaxlib and setting of oneDNN. The verdict is
+    kept below `XDG_CACHE_HOME` (`~/.cache`). A failure is reported by a `FallbackWarning`.
     """
     with _CHECKING:  # several networks may be compiled at the same time
         return _passes_check()
@@ -90,8 +92,8 @@ def _passes_check() -> bool:
                 pass  # no home directory, or a full disk: the next process checks again
     if verdict == "fails":
         warnings.warn(
-            "oneDNN's convolutions do not work on this machine, XLA's slower ones are used "
-            f"(FLAXNETS_CONV=xla chooses them without this warning; delete {path} to check again)",
+            "oneDNN's convolutions do not work on this machine; XLA's slower ones are used "
+            f"(set FLAXNETS_CONV=xla to silence this warning, or delete {path} to check again)",
             FallbackWarning,
             stacklevel=3,
         )
@@ -139,7 +141,7 @@ def _run_check() -> bool | None:
             stdout=subprocess.DEVNULL,
             stderr=subprocess.DEVNULL,
             timeout=CHECK_LIMIT,
-            start_new_session=True,  # Ctrl-C in the terminal is no verdict
+            start_new_session=True,  # Ctrl-C must not fail the check
             check=False,
         )
     except subprocess.TimeoutExpired:

@@ -1,11 +1,11 @@
 """Residual networks, versions 1 and 2, and their plain twins.
 
-He, Zhang, Ren and Sun (2015), "Deep Residual Learning for Image Recognition" (arXiv:1512.03385),
-written "the paper" below, and, by the same authors (2016), "Identity Mappings in Deep Residual
-Networks" (arXiv:1603.05027), version 2. One module covers the CIFAR family (section 4.2), the
-ImageNet family (Table 1) and the plain twin of every member: `residual=False` leaves out the
-shortcuts and changes nothing else, so that the two share every other parameter, name for name and
-bit for bit.
+Version 1 is from He, Zhang, Ren and Sun (2015), "Deep Residual Learning for Image Recognition"
+(arXiv:1512.03385), called "the paper" below. Version 2 is from the same authors (2016), "Identity
+Mappings in Deep Residual Networks" (arXiv:1603.05027). One module covers the CIFAR family (section
+4.2), the ImageNet family (Table 1) and the plain twin of every member: `residual=False` removes the
+shortcuts and changes nothing else, so that twins share every other parameter, name for name and bit
+for bit.
 """
 
 from collections.abc import Sequence
@@ -25,10 +25,10 @@ Stem = Literal["imagenet", "small"]
 
 
 def zero_padded_identity(x: jax.Array, filters: int, stride: int) -> jax.Array:
-    """Shortcut A: every `stride`-th pixel, new channels zero, half of them before and half after.
+    """Apply shortcut A: every `stride`-th pixel, with half of the new zero channels on either side.
 
     `(batch, height, width, channels)` -> `(batch, ceil(height / stride), ceil(width / stride),
-    filters)`. The paper (section 3.3) leaves open where the zeros go; the common PyTorch weights
+    filters)`. The paper (section 3.3) does not say where the zeros go; the common PyTorch weights
     expect them on both sides.
     """
     x = x[:, ::stride, ::stride]
@@ -40,8 +40,11 @@ def zero_padded_identity(x: jax.Array, filters: int, stride: int) -> jax.Array:
 def shortcut_branch(
     x: jax.Array, filters: int, stride: int, option: Shortcut, conv: Layer, norm: Layer | None
 ) -> jax.Array:
-    """The shortcut of one block (section 3.3): A zero padding, B projection where the shape
-    changes, C projection everywhere. Call it from a compact method, which then owns the layers."""
+    """Apply the shortcut of one block (section 3.3).
+
+    A is zero padding, B is projection where the shape changes, and C is projection everywhere. Call
+    this function from a compact method, which then owns the layers.
+    """
     changes_shape = stride != 1 or x.shape[-1] != filters
     if option == "C" or (option == "B" and changes_shape):
         x = conv(filters, 1, stride, name="shortcut_conv")(x)
@@ -57,10 +60,10 @@ class Block(nn.Module):
 
     Attributes:
       layers: filters, kernel size and stride of each convolution.
-      stride: of the block.
+      stride: stride of the block.
       shortcut: None makes the block plain.
-      last_scale_init: of the last BatchNorm.
-      shortcut_norm: BatchNorm after projection shortcuts.
+      last_scale_init: initialiser of the last BatchNorm's scale.
+      shortcut_norm: apply BatchNorm after projection shortcuts.
     """
 
     layers: Sequence[tuple[int, int, int]]
@@ -91,9 +94,9 @@ class PreactivationBlock(nn.Module):
     (He et al. 2016, Figure 4e). Shapes are those of `Block`.
 
     Attributes:
-      layers, stride, shortcut: as of `Block`.
-      activate_shortcut: the shortcut, too, starts from the activated signal, and not from the raw
-        one that flows through the stage.
+      layers, stride, shortcut: see `Block`.
+      activate_shortcut: start the shortcut, too, from the activated signal instead of the raw one
+        that flows through the stage.
     """
 
     layers: Sequence[tuple[int, int, int]]
@@ -121,8 +124,8 @@ class ResNet(nn.Module):
 
     Images `(batch, height, width, channels)`, float, normalised -> logits `(batch, num_classes)`.
     Collections `params` and `batch_stats`. Convolutions have no bias; BatchNorm has momentum 0.9
-    and epsilon 1e-5, as torchvision's (the paper does not say). The feature map of every stage (in
-    version 2 the raw signal) is sown as `intermediates` `stages`.
+    and epsilon 1e-5, as in torchvision (the paper gives neither). The feature map of every stage
+    (in version 2 the raw signal) is sown as `intermediates` `stages`.
 
     Attributes:
       stage_sizes: blocks in each stage; the first block of every stage but the first halves the
@@ -134,21 +137,23 @@ class ResNet(nn.Module):
       stem: `"imagenet"`, 7x7/2 convolution and 3x3/2 max pool, or `"small"`, 3x3/1 convolution.
       shortcut: `"A"`, `"B"` or `"C"` of section 3.3; see `shortcut_branch`.
       residual: False removes every shortcut.
-      preactivation: version 2. The first block of a stage activates before the split, the others
-        add to the raw signal; projections have no BatchNorm; BatchNorm and rectifier follow the
-        last block instead of the stem, whose max pool sees the raw convolution.
-      stride_in_3x3: a bottleneck's stride is in its 3x3 convolution, as in torchvision, or in its
-        first 1x1 convolution, as in the paper.
-      zero_init_last_scale: start the last BatchNorm scale of each block at 0 (Goyal et al. 2017,
-        arXiv:1706.02677, section 5.1), so that residual blocks start as identities; version 1 only.
-      remat: compute a block's activations again in the backward pass instead of keeping them; less
-        memory for a third more computation.
-      scan_blocks: compile the blocks of a stage after its first as one that is run repeatedly, so
-        that compilation does not take longer for deeper networks. Their parameters are stacked: see
-        `flaxnets.models.stacking`.
-      conv, norm, head: the layers. `conv(filters, size, stride)`, as in `flaxnets.models.layers`.
-      shortcut_norm, activated_stages, bottleneck_filters: how the Keras guide's networks differ;
-        see `keras_resnet`.
+      preactivation: use version 2. The first block of a stage activates before the split, and the
+        others add to the raw signal. Projections have no BatchNorm. BatchNorm and rectifier follow
+        the last block instead of the stem, whose max pool sees the raw convolution.
+      stride_in_3x3: put a bottleneck's stride in its 3x3 convolution, as in torchvision, instead of
+        its first 1x1 convolution, as in the paper.
+      zero_init_last_scale: initialise the last BatchNorm scale of each block to 0 (Goyal et al.
+        2017, arXiv:1706.02677, section 5.1), so that residual blocks start as identities; version 1
+        only.
+      remat: recompute a block's activations in the backward pass instead of keeping them, which
+        saves memory for a third more computation.
+      scan_blocks: compile the blocks of a stage after its first as one block that is run
+        repeatedly, so that compilation time does not grow with depth. Their parameters are stacked:
+        see `flaxnets.models.stacking`.
+      conv, norm, head: layer functions such as `conv(filters, size, stride)` and the others in
+        `flaxnets.models.layers`.
+      shortcut_norm, activated_stages, bottleneck_filters: differences of Keras's networks; see
+        `keras_resnet`.
       dtype: type of the computation. `param_dtype` is that of parameters and statistics.
     """
 
@@ -181,10 +186,10 @@ class ResNet(nn.Module):
         ):
             if getattr(self, name) not in choices:
                 raise InputError(
-                    f"{name} is one of {', '.join(choices)}, not {getattr(self, name)!r}"
+                    f"{name} must be one of {', '.join(choices)}, not {getattr(self, name)!r}"
                 )
         if self.preactivation and self.zero_init_last_scale:
-            raise InputError("zero_init_last_scale is for version 1: no BatchNorm ends a v2 block")
+            raise InputError("zero_init_last_scale needs version 1: no BatchNorm ends a v2 block")
         super().__post_init__()
 
     @nn.compact
@@ -247,7 +252,7 @@ class ResNet(nn.Module):
 
 
 def repeat(block: nn.Module, x: jax.Array, times: int) -> jax.Array:
-    """Apply copies of `block`, each with its own slice of the parameters, one after the other."""
+    """Apply copies of `block` in sequence, each with its own slice of the parameters."""
     scan = nn.scan(
         lambda block, x, _: (block(x), None),
         variable_axes={"params": 0, "batch_stats": 0},
@@ -258,25 +263,25 @@ def repeat(block: nn.Module, x: jax.Array, times: int) -> jax.Array:
 
 
 def cifar_stage_sizes(depth: int) -> tuple[int, int, int]:
-    """Two-convolution blocks of the three stages at `depth`, any even number from 8.
+    """Return the number of two-convolution blocks in each of the three stages at `depth`.
 
-    (depth - 2) / 2 blocks shared out as evenly as possible, earlier stages first: 20 -> (3, 3, 3),
-    18 -> (3, 3, 2). At depth 6n + 2 it is exactly the paper's network.
+    The (depth - 2) / 2 blocks are distributed as evenly as possible, earlier stages first:
+    20 -> (3, 3, 3), 18 -> (3, 3, 2). At depth 6n + 2 it is exactly the paper's network.
 
     Raises:
       InputError: `depth` is odd or below 8.
     """
     if depth < 8 or depth % 2:
-        raise InputError(f"the CIFAR family has even depths from 8 on, not {depth}")
+        raise InputError(f"the CIFAR family has even depths from 8 up, not {depth}")
     share, rest = divmod((depth - 2) // 2, 3)
     return share + (rest > 0), share + (rest > 1), share
 
 
 def cifar_bottleneck_stage_sizes(depth: int) -> tuple[int, int, int]:
-    """Bottlenecks of the three stages at `depth` = 9n + 2, n in each.
+    """Return the number of bottlenecks in each of the three stages: n at `depth` = 9n + 2.
 
     Raises:
-      InputError: `depth` is none of those.
+      InputError: `depth` is not of this form, or below 11.
     """
     if depth < 11 or depth % 9 != 2:
         raise InputError(
@@ -298,11 +303,11 @@ IMAGENET_STAGES: dict[int, tuple[BlockType, tuple[int, int, int, int]]] = {
 
 
 def cifar_resnet(depth: int, num_classes: int | None = 10, **overrides: Any) -> ResNet:
-    """The CIFAR family at `depth` (section 4.2): 16, 32, 64 filters, 3x3 stem, shortcut A.
+    """Create the CIFAR network of `depth` (section 4.2): 16, 32, 64 filters, 3x3 stem, shortcut A.
 
-    Version 2 (`preactivation=True`) has bottlenecks from depth 164 on, as published, with
-    projections and the stride in the first 1x1 convolution as in the authors' code; below it, and
-    in version 1, two-convolution blocks. `block` chooses otherwise.
+    From depth 164 up, version 2 (`preactivation=True`) has bottlenecks, as published, with
+    projections and the stride in the first 1x1 convolution, as in the authors' code. All other
+    networks have two-convolution blocks. `block` overrides this choice.
     """
     published = "bottleneck" if overrides.get("preactivation") and depth >= 164 else "basic"
     bottleneck = overrides.get("block", published) == "bottleneck"
@@ -319,7 +324,7 @@ def cifar_resnet(depth: int, num_classes: int | None = 10, **overrides: Any) -> 
 
 
 def imagenet_resnet(depth: int, num_classes: int | None = 1000, **overrides: Any) -> ResNet:
-    """The ImageNet family at `depth` (Table 1), shortcut B, as torchvision has it.
+    """Create the ImageNet network of `depth` (Table 1), with shortcut B as in torchvision.
 
     Raises:
       InputError: `depth` is not one of 18, 34, 50, 101, 152.
@@ -337,38 +342,41 @@ def imagenet_resnet(depth: int, num_classes: int | None = 1000, **overrides: Any
 
 
 def keras_kernel(key: jax.Array, shape: Sequence[int], dtype: Any = jnp.float32) -> jax.Array:
-    """Keras's `he_normal`: truncated normal of variance 2 / fan-in."""
+    """Draw kernels by Keras's `he_normal`: truncated normal of variance 2 / fan-in."""
     return nn.initializers.he_normal()(key, shape, dtype)
 
 
 def keras_conv(filters: int, size: int, stride: int = 1, **kwargs: Any) -> nn.Conv:
-    """As `conv`, with bias and Keras's kernels; "SAME" pads after more than before at stride 2."""
+    """Create a `conv` with bias and Keras's kernels.
+
+    At stride 2, "SAME" pads more after the image than before it.
+    """
     return conv(
         filters, size, stride, padding="SAME", use_bias=True, kernel_init=keras_kernel, **kwargs
     )
 
 
 def keras_batch_norm(**kwargs: Any) -> nn.BatchNorm:
-    """BatchNorm with Keras's default constants."""
+    """Create a BatchNorm with Keras's default constants."""
     return batch_norm(momentum=0.99, epsilon=1e-3, **kwargs)
 
 
 def keras_dense(features: int, **kwargs: Any) -> nn.Dense:
-    """A dense layer with Keras's kernels."""
+    """Create a dense layer with Keras's kernels."""
     return dense(features, kernel_init=keras_kernel, **kwargs)
 
 
 def keras_resnet(depth: int, num_classes: int | None = 10, **overrides: Any) -> ResNet:
-    """The ResNets of Keras's CIFAR-10 example (`cifar10_resnet.py`), copied in many tutorials.
+    """Create a ResNet of Keras's CIFAR-10 example (`cifar10_resnet.py`), copied in many tutorials.
 
     Version 1 has depths 6n + 2, version 2 (`preactivation=True`) 9n + 2. They differ from the
-    paper's in convolutions with bias, padded as TensorFlow pads; in BatchNorm's constants and the
-    initialisation; in projections without BatchNorm where the shape changes; and version 2 in
-    bottlenecks of 16, 64 and 128 filters under outputs of 64, 128 and 256, whose projections see
-    the raw signal in stages 2 and 3.
+    paper's networks in four ways: convolutions have a bias and TensorFlow's padding; BatchNorm's
+    constants and the initialisation are Keras's; projections, where the shape changes, have no
+    BatchNorm; and version 2 has bottlenecks of 16, 64 and 128 filters with outputs of 64, 128 and
+    256, whose projections see the raw signal in stages 2 and 3.
 
     Raises:
-      InputError: there is no such depth.
+      InputError: the version does not have this depth.
     """
     preactivation = overrides.get("preactivation", False)
     if not preactivation and (depth < 8 or depth % 6 != 2):

@@ -1,4 +1,4 @@
-"""Parameters of scanned blocks: stacked to compute with, one by one everywhere else."""
+"""Parameters of scanned blocks: stacked for computation, separate everywhere else."""
 
 import re
 from typing import Any
@@ -11,21 +11,21 @@ STACKED = re.compile(r"stage\d+_blocks")
 
 
 def unscanned(model: nn.Module) -> nn.Module:
-    """The same network with its blocks one by one."""
+    """Return the same network without scanned blocks."""
     return model.clone(scan_blocks=False) if is_scanned(model) else model
 
 
 def is_scanned(model: nn.Module) -> bool:
-    """Whether the network has stacked parameters."""
+    """Return whether the network has stacked parameters."""
     return getattr(model, "scan_blocks", False)
 
 
 def stack_blocks(tree: Any) -> Any:
-    """What `ResNet(scan_blocks=True)` takes, from what it takes without.
+    """Convert variables of a `ResNet` to those of one with `scan_blocks=True`.
 
     In every dictionary of `tree` (variables, optimizer state, train state), the entries
-    `stage<i>_block2`, `stage<i>_block3` ... become one, `stage<i>_blocks`, their arrays stacked
-    along a new leading axis.
+    `stage<i>_block2`, `stage<i>_block3` ... become one, `stage<i>_blocks`, with their arrays
+    stacked along a new leading axis.
     """
 
     def stack(node: Any) -> Any:
@@ -47,7 +47,7 @@ def stack_blocks(tree: Any) -> Any:
 
 
 def unstack_blocks(tree: Any) -> Any:
-    """The opposite of `stack_blocks`; a tree without stacked blocks comes back itself."""
+    """Undo `stack_blocks`; a tree without stacked blocks is returned as it is."""
 
     def unstack(node: Any) -> Any:
         if not isinstance(node, dict):

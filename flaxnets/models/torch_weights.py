@@ -1,8 +1,7 @@
-"""Weights of PyTorch's networks, in and out.
+"""Import and export of PyTorch weights.
 
-The layouts are those of torchvision for AlexNet, VGG and the ImageNet family of ResNets, which is
-timm's as well, and for the CIFAR family the common one: `conv1`, `bn1`, `layer1.0.conv1` ...
-`linear`.
+AlexNet, VGG and the ImageNet family of ResNets use torchvision's layout, which for ResNets is also
+timm's. The CIFAR family uses the common one: `conv1`, `bn1`, `layer1.0.conv1` ... `linear`.
 """
 
 import os
@@ -48,7 +47,7 @@ class Entry(NamedTuple):
     path: tuple[str, ...]
     key: str
     leaf_shape: tuple[int, ...]
-    shape: tuple[int, ...]  # of the tensor
+    shape: tuple[int, ...]  # shape of the tensor
     to_torch: Callable[[np.ndarray], np.ndarray]
     from_torch: Callable[[np.ndarray], np.ndarray]
 
@@ -56,23 +55,24 @@ class Entry(NamedTuple):
 def load_torch(
     name: str, weights: str | os.PathLike | Mapping[str, Any], **overrides: Any
 ) -> tuple[nn.Module, dict[str, Any]]:
-    """A network with the weights of its PyTorch counterpart.
+    """Create a network with the weights of its PyTorch counterpart.
 
     Args:
       name: `alexnet`, a VGG or a ResNet of version 1 (`resnet50`, `cifar_resnet20`).
-      weights: a `.safetensors` file; a `.pth`, `.pt` or `.th` file, which needs torch and of which
-        only tensors are ever unpickled; or a state dict of tensors or arrays. It may be nested
-        under `state_dict` or `model`, and its names may start with `module.`
-      overrides: as for `create_model`. The number of classes and of input channels are those of the
-        weights. Another `num_classes` keeps the backbone and starts a new head (from seed 0), also
-        where the weights have none; `num_classes=None` leaves out the classifier.
+      weights: a `.safetensors` file; a `.pth`, `.pt` or `.th` file, which needs torch and from
+        which only tensors are ever unpickled; or a state dict of tensors or arrays. It may be
+        nested under `state_dict` or `model`, and its names may start with `module.`
+      overrides: module attributes, as in `create_model`. The numbers of classes and input channels
+        come from the weights. Another `num_classes` keeps the backbone and initialises a new head
+        (from seed 0), even if the weights have none; `num_classes=None` drops the classifier.
 
     Returns:
       The module, and `variables` for its `apply`: `params` and, with BatchNorm, `batch_stats`, in
       the model's `param_dtype`.
 
     Raises:
-      InputError: the weights cannot be read or do not fit the network; it names the entries.
+      InputError: the weights cannot be read or do not fit the network; the message names the
+        entries.
     """
     layout = _layout(name)
     tensors, source = _read(weights)
@@ -126,17 +126,17 @@ def save_torch(
     """Write `variables` of the network `name` as `.safetensors` that PyTorch's network loads with
     `strict=True`: `model.load_state_dict(safetensors.torch.load_file(path))`.
 
-    BatchNorm's counts of batches, which Flax does not have, are written as 0.
+    BatchNorm's batch counts, which Flax does not have, are written as 0.
 
     Args:
       variables: `params` and `batch_stats`.
-      name: as for `load_torch`.
-      path: of the file, which is written whole or not at all.
-      overrides: those that the network was created with, if they change its parameters.
+      name: name of the network, as in `load_torch`.
+      path: path of the file, which is written atomically.
+      overrides: attributes that the network was created with, if they change its parameters.
 
     Raises:
-      InputError: the network has no PyTorch counterpart, the variables are not its own, or `path`
-        does not end in `.safetensors` or cannot be written.
+      InputError: the network has no PyTorch counterpart, the variables do not belong to it, or
+        `path` does not end in `.safetensors` or is not in an existing directory.
     """
     layout = _layout(name)
     path = Path(path)
@@ -174,7 +174,7 @@ def save_torch(
 
 
 def _layout(name: str) -> Callable[..., str]:
-    """Names of a Linen module, from the outermost in, -> the name of the torch module."""
+    """Return a function from the names of a Linen module, outermost first, to its torch name."""
     if name == "alexnet":
         return lambda *path: str(ALEXNET.get(path[0], path[0]))
     if name in VGGS and not name.endswith(("_lrn", "_1x1")):
@@ -219,7 +219,7 @@ def _init(model: nn.Module, image_shape: tuple[int, int, int]) -> Any:
 
 
 def _new_head(model: nn.Module, image_shape: tuple[int, int, int]) -> dict[str, jax.Array]:
-    # Under jit nothing but the head is computed.
+    # Under jit, nothing but the head is computed.
     return jax.jit(lambda: _init(model, image_shape)["params"]["head"])()
 
 
@@ -227,8 +227,8 @@ def _entries(
     model: nn.Module, layout: Callable[..., str], image_shape: tuple[int, int, int]
 ) -> list[Entry]:
     leaves: Any = flatten_dict(jax.eval_shape(lambda: _init(model, image_shape)))
-    # Of the maps that `dense1` of AlexNet and VGG sees, flattened: pixel by pixel here, channel by
-    # channel in torch.
+    # Channels of the maps that `dense1` of AlexNet and VGG sees: they are flattened pixel by pixel
+    # here, and channel by channel in torch.
     channels = [leaves[path].shape[-1] for path in sorted(leaves) if leaves[path].ndim == 4][-1]
     entries = []
     for path, leaf in leaves.items():
@@ -276,7 +276,7 @@ def _dense_from_torch(channels: int) -> Callable[[Any], Any]:
 
 
 def _read(weights: str | os.PathLike | Mapping[str, Any]) -> tuple[dict[str, np.ndarray], str]:
-    """The tensors by name, without BatchNorm's counts of batches, and where they are from."""
+    """Read tensors by name, without BatchNorm's batch counts; also return their source."""
     if isinstance(weights, Mapping):
         content, source = weights, "the state dict"
     elif isinstance(weights, str | os.PathLike):
@@ -284,7 +284,9 @@ def _read(weights: str | os.PathLike | Mapping[str, Any]) -> tuple[dict[str, np.
         content = _read_file(Path(weights))
     else:
         hint = "; give its state_dict()" if hasattr(weights, "state_dict") else ""
-        raise InputError(f"weights are a file or a state dict, not {type(weights).__name__}{hint}")
+        raise InputError(
+            f"weights must be a file or a state dict, not {type(weights).__name__}{hint}"
+        )
     for key in ("state_dict", "model"):
         if isinstance(content, Mapping) and isinstance(content.get(key), Mapping):
             content = content[key]
@@ -294,7 +296,7 @@ def _read(weights: str | os.PathLike | Mapping[str, Any]) -> tuple[dict[str, np.
     for key, value in content.items():
         if not hasattr(value, "shape"):
             raise InputError(
-                f"{source} is not a state dict: {key!r} is a {type(value).__name__}, no tensor"
+                f"{source} is not a state dict: {key!r} is a {type(value).__name__}, not a tensor"
             )
         key = str(key).removeprefix("module.")
         if key in tensors:
@@ -312,10 +314,12 @@ def _read_file(path: Path) -> Any:
             return safetensors.numpy.load_file(path)
         except (safetensors.SafetensorError, OSError) as error:
             raise InputError(f"{path} is damaged or not a safetensors file: {error}") from error
-        except (TypeError, AttributeError) as error:  # a type that NumPy has not
-            raise InputError(f"{path} holds numbers of an unknown type: {error}") from error
+        except (TypeError, AttributeError) as error:  # a type that NumPy lacks
+            raise InputError(f"{path} holds tensors of an unsupported type: {error}") from error
     if path.suffix not in (".pth", ".pt", ".th"):
-        raise InputError(f"weights come as .safetensors, .pth, .pt or .th, not {path.name!r}")
+        raise InputError(
+            f"weights must be a .safetensors, .pth, .pt or .th file, not {path.name!r}"
+        )
     try:
         import torch
     except ImportError as error:
@@ -329,15 +333,15 @@ def _read_file(path: Path) -> Any:
             f"{path} is damaged or holds Python objects besides tensors, which are never "
             "unpickled; save its state_dict() alone"
         ) from error
-    except Exception as error:  # torch's reader raises whatever it stumbles over
+    except Exception as error:  # torch's reader raises many types
         raise InputError(
-            f"{path} is damaged or not a file of torch.save ({type(error).__name__})"
+            f"{path} is damaged or was not written by torch.save ({type(error).__name__})"
         ) from error
 
 
 def _to_numpy(key: str, tensor: Any, source: str) -> np.ndarray:
     try:
-        if hasattr(tensor, "detach"):  # torch's; NumPy has no bfloat16
+        if hasattr(tensor, "detach"):  # a torch tensor; NumPy has no bfloat16
             tensor = tensor.detach().cpu()
             tensor = tensor.float() if str(tensor.dtype) == "torch.bfloat16" else tensor.numpy()
         array = np.asarray(tensor)

@@ -1,6 +1,6 @@
 """Two small networks of the Keras functional-API guides: `cnn` on MNIST, and the two-branch `ynet`.
 
-Both start as Keras does, with Glorot's uniform kernels (Glorot and Bengio 2010) and biases 0.
+Both are initialised as in Keras: Glorot's uniform kernels (Glorot and Bengio 2010) and biases 0.
 """
 
 from functools import partial
@@ -26,8 +26,8 @@ class CNN(nn.Module):
 
     Attributes:
       num_classes: width of the logits; None returns the flattened features.
-      filters: of every convolution.
-      dropout: rate before the dense layer.
+      filters: filters of every convolution.
+      dropout: dropout rate before the dense layer.
       dtype: type of the computation. `param_dtype` is that of the parameters.
     """
 
@@ -82,8 +82,8 @@ class YNet(nn.Module):
 
     Attributes:
       num_classes: width of the logits; None returns the flattened features.
-      dilation_rate: of the right branch's convolutions.
-      dropout: rate after every convolution and before the dense layer.
+      dilation_rate: dilation of the right branch's convolutions.
+      dropout: dropout rate after every convolution and before the dense layer.
       dtype: type of the computation. `param_dtype` is that of the parameters.
     """
 

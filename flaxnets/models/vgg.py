@@ -1,5 +1,5 @@
 """VGG: Simonyan and Zisserman (2014), "Very Deep Convolutional Networks for Large-Scale Image
-Recognition" (arXiv:1409.1556), written "the paper" below."""
+Recognition" (arXiv:1409.1556), called "the paper" below."""
 
 from collections.abc import Sequence
 from functools import partial
@@ -30,7 +30,7 @@ VGGS: dict[str, dict[str, Any]] = {
     "vgg16_1x1": {"stage_sizes": (2, 2, 3, 3, 3), "third_conv_size": 1},  # C
     "vgg16": {"stage_sizes": (2, 2, 3, 3, 3)},  # D
     "vgg19": {"stage_sizes": (2, 2, 4, 4, 4)},  # E
-    # torchvision's, not in the paper: BatchNorm after every convolution.
+    # Not in the paper but in torchvision: BatchNorm after every convolution.
     "vgg11_bn": {"stage_sizes": (1, 1, 2, 2, 2), "batch_norm": True},
     "vgg13_bn": {"stage_sizes": (2, 2, 2, 2, 2), "batch_norm": True},
     "vgg16_bn": {"stage_sizes": (2, 2, 3, 3, 3), "batch_norm": True},
@@ -47,15 +47,15 @@ class VGG(nn.Module):
     `intermediates` `stages`. Initialisation is torchvision's.
 
     Attributes:
-      stage_sizes: convolutions of each stage, of 64, 128, 256, 512 and 512 filters.
+      stage_sizes: convolutions in each stage, with 64, 128, 256, 512 and 512 filters.
       num_classes: width of the logits; None returns the pooled features, flattened.
-      batch_norm: BatchNorm after every convolution.
-      local_response_norm: AlexNet's normalisation after the first convolution.
+      batch_norm: apply BatchNorm after every convolution.
+      local_response_norm: apply AlexNet's normalisation after the first convolution.
       third_conv_size: kernel size of a stage's third convolution.
-      pool_size: side of the maps that the classifier sees, by adaptive average pooling; 7 as
+      pool_size: side of the maps that the classifier sees, after adaptive average pooling; 7 as
         published, 1 for small images.
       classifier_width: units of the two hidden dense layers.
-      dropout: rate in the classifier.
+      dropout: dropout rate in the classifier.
       dtype: type of the computation. `param_dtype` is that of parameters and statistics.
     """
 
@@ -103,5 +103,5 @@ class VGG(nn.Module):
 
 
 def vgg(name: str, **overrides: Any) -> VGG:
-    """The network called `name` in `VGGS`."""
+    """Create the network called `name` in `VGGS`."""
     return VGG(**VGGS[name] | overrides)

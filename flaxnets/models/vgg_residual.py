@@ -20,8 +20,8 @@ from flaxnets.models.layers import (
 
 
 class Stage(nn.Module):
-    """Two 3x3 convolutions and a 2x2 max pool, with one 3x3 convolution and the same pool as the
-    shortcut: `(batch, h, w, c)` -> `(batch, h // 2, w // 2, filters)`."""
+    """Two 3x3 convolutions and a 2x2 max pool, with a shortcut of one 3x3 convolution and the same
+    pool: `(batch, h, w, c)` -> `(batch, h // 2, w // 2, filters)`."""
 
     filters: int
     residual: bool
@@ -52,7 +52,7 @@ class VGGResidual(nn.Module):
     Attributes:
       num_classes: width of the logits; None returns the pooled features `(batch, 512)`.
       residual: False removes every shortcut.
-      dropout: rate in the classifier.
+      dropout: dropout rate in the classifier.
       dtype: type of the computation. `param_dtype` is that of parameters and statistics.
     """
 

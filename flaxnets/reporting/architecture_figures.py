@@ -14,22 +14,22 @@ from matplotlib.path import Path as Curve
 
 from flaxnets.models.cost import LayerCost
 
-# Of the boxes, from one resolution to the next.
+# Colours of the boxes, one per resolution.
 COLOURS = ("#E8E8E8", "#D9D2E9", "#CFE2F3", "#D9EAD3", "#FFF2CC", "#FCE5CD", "#F4CCCC")
-UNIT = 0.27  # inches, from one box to the next
-WIDTH, HEIGHT = 4.4, 0.64  # of a box, in units
-LONGEST_RUN = 6  # of equal blocks that are drawn one by one
+UNIT = 0.27  # inches from one box to the next
+WIDTH, HEIGHT = 4.4, 0.64  # size of a box in units
+LONGEST_RUN = 6  # most equal blocks in a row that are drawn one by one
 
 
 @dataclass(frozen=True)
 class Block:
-    """Boxes one below the other, with a shortcut around them or none.
+    """A column of boxes, with or without a shortcut around them.
 
     Attributes:
-      name: of the module.
-      boxes: text and output size (empty: no map) of each.
+      name: name of the module.
+      boxes: text and output size of each box; the size is empty without a feature map.
       shortcut: `"identity"`, `"projection"` or None.
-      repeats: equal blocks in a row that this one stands for.
+      repeats: number of equal blocks in a row that this one stands for.
     """
 
     name: str
@@ -39,10 +39,10 @@ class Block:
 
 
 def find_blocks(modules: Sequence[LayerCost], residual: bool) -> list[Block]:
-    """The blocks of a network from its `list_modules`; pooling is told from shapes.
+    """Return the blocks of a network from its `list_modules`; pooling is inferred from shapes.
 
-    With `residual`, every module that holds layers has a shortcut: a projection where it changes
-    the shape or has a convolution of its own, as the paper draws it, and an identity elsewhere.
+    With `residual`, every module that contains layers has a shortcut. As in the paper's figure, it
+    is a projection if it changes the shape or has its own convolution, and an identity otherwise.
     """
     blocks: list[Block] = []
     inside: dict[tuple[str, ...], list[LayerCost]] = defaultdict(list)
@@ -78,19 +78,19 @@ def _size(shape: tuple[int, ...]) -> str:
 
 
 def _pooling(before: tuple[int, ...], after: tuple[int, ...]) -> list[tuple[str, str]]:
-    """The box of what makes `after` of `before`, if anything does."""
+    """Return the box of the pooling between shapes `before` and `after`, if there is any."""
     if len(before) < 3 or before[:2] == after[:2]:
         return []
     if len(after) == 3:
         smaller = after[0] < before[0]  # a second branch starts from the image again
         return [(f"pool, /{round(before[0] / after[0])}", _size(after))] if smaller else []
-    if after[0] % math.prod(before) == 0:  # flattened, of several branches perhaps
+    if after[0] % math.prod(before) == 0:  # flattened, perhaps from several branches
         return []
     return [("global average pool" if after[0] == before[-1] else "pool", "")]
 
 
 def _fold(blocks: Sequence[Block]) -> list[Block]:
-    """Long runs of equal blocks as one."""
+    """Fold long runs of equal blocks into one."""
     folded = []
     for _, group in groupby(blocks, lambda block: (block.boxes, block.shortcut)):
         run = list(group)
@@ -127,7 +127,7 @@ def _draw_column(ax: Axes, title: str, blocks: Sequence[Block]) -> None:
     ax.text(0, 0.55, "image", ha="center", va="center", fontsize=6.5)
     branches = _has_branches(blocks)
     image = (0.0, 0.3)
-    ends, y, sizes = [image], -0.5, [""]  # where arrows into the next box start; its y
+    ends, y, sizes = [image], -0.5, [""]  # starts of the arrows into the next box; its y
     for block in blocks:
         x = {"left": -2.4, "right": 2.4}.get(block.name, 0.0) if branches else 0.0
         starts, other_ends = ends, []

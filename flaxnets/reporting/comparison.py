@@ -1,4 +1,4 @@
-"""Whether a difference between two networks is more than one lucky seed."""
+"""Comparisons over seeds: is the difference between two networks more than a lucky seed?"""
 
 from collections.abc import Iterable
 from itertools import pairwise
@@ -8,13 +8,13 @@ from scipy import stats
 
 from flaxnets.studies.study import Network
 
-ENOUGH_SEEDS = 5  # for an interval
+ENOUGH_SEEDS = 5  # fewest seeds for an interval
 
 
 def paired_differences(shallow: Network, deep: Network, metric: str) -> list[float]:
-    """A final metric of `deep` less that of `shallow`, of each seed that both have finished.
+    """Return a final metric of `deep` minus that of `shallow` for each seed both have finished.
 
-    Runs of one seed share batches and augmentation, so that they are compared with each other.
+    Runs of one seed are paired because they share batches and augmentation.
     """
     before = {run.seed: run.result.final(metric) for run in shallow.finished}
     return [
@@ -23,15 +23,15 @@ def paired_differences(shallow: Network, deep: Network, metric: str) -> list[flo
 
 
 def depth_pairs(networks: list[Network]) -> list[tuple[Network, Network]]:
-    """Neighbouring depths, and the least with the greatest."""
+    """Pair neighbouring depths, and the smallest with the greatest."""
     pairs = list(pairwise(networks))
     return [*pairs, (networks[0], networks[-1])] if len(networks) > 2 else pairs
 
 
 def bootstrap_interval(differences: list[float]) -> tuple[float, float]:
-    """95 % interval of the mean: percentiles over 10,000 resamples, the same each time.
+    """Compute a 95 % interval of the mean: percentiles over 10,000 resamples, with a fixed seed.
 
-    Of as few as five seeds it is too narrow: there it covers about 84 % (of normal differences).
+    With as few as five seeds it is too narrow: it covers about 84 % (for normal differences).
     """
     result = stats.bootstrap(
         (np.asarray(differences),),
@@ -44,7 +44,7 @@ def bootstrap_interval(differences: list[float]) -> tuple[float, float]:
 
 
 def compare_depths(curves: Iterable[list[Network]], metric: str) -> list[tuple[str, list[float]]]:
-    """`plain 18 to 34` and the paired differences, for the depths of each curve that have any."""
+    """List pairs of depths, such as `plain 18 to 34`, with their paired differences, if any."""
     compared = [
         (f"{deep.kind} {shallow.depth} to {deep.depth}", paired_differences(shallow, deep, metric))
         for networks in curves
@@ -54,11 +54,11 @@ def compare_depths(curves: Iterable[list[Network]], metric: str) -> list[tuple[s
 
 
 def describe_differences(differences: list[float]) -> str:
-    """Each of them; from five on their mean and its interval."""
+    """Format each difference or, from five on, their mean and its interval."""
     if len(differences) < ENOUGH_SEEDS:
         return ", ".join(f"{difference:+.2f}" for difference in differences)
     low, high = bootstrap_interval(differences)
     return (
-        f"{sum(differences) / len(differences):+.2f} in the mean of {len(differences)} seeds, "
+        f"{sum(differences) / len(differences):+.2f} on average over {len(differences)} seeds, "
         f"95 % bootstrap interval {low:+.2f} to {high:+.2f}"
     )

@@ -1,4 +1,4 @@
-"""What a study shows about training error and depth: the sentences of the console and report."""
+"""Sentences on what a study shows about training error and depth, for console and report."""
 
 import math
 from collections.abc import Sequence
@@ -7,9 +7,9 @@ from flaxnets.studies.study import Network, Run, curves
 
 
 def conclude(networks: Sequence[Network], updates: int | None) -> str:
-    """What the numbers show about training error and depth, in sentences made from them.
+    """Describe in sentences what the numbers show about training error and depth.
 
-    `updates` is the length of a run, where it is known.
+    `updates` is the length of a run, if known.
     """
     if not networks:
         return "No run has been started yet."
@@ -73,7 +73,7 @@ def conclude(networks: Sequence[Network], updates: int | None) -> str:
 
 
 def count_seeds(networks: Sequence[Network]) -> str:
-    """`one seed`, `3 seeds` or `1 to 3 seeds`."""
+    """Format the number of seeds as `one seed`, `3 seeds` or `1 to 3 seeds`."""
     counts = sorted({len(network.runs) for network in networks})
     if counts == [1]:
         return "one seed"
@@ -81,8 +81,10 @@ def count_seeds(networks: Sequence[Network]) -> str:
 
 
 def last_movement(run: Run) -> float:
-    """Points that training error moved over the last quarter of a run; NaN if it has no row from
-    before."""
+    """Return the points that training error moved over the last quarter of a run.
+
+    It is NaN if the run has no row from before that quarter.
+    """
     rows = run.result.rows
     quarter = 0.75 * run.result.step
     before = [row["train_error"] for row in rows if row["step"] <= quarter][-1:]

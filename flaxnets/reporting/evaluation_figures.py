@@ -1,4 +1,4 @@
-"""Pictures of what a network gets wrong: its confusion matrix, and the images themselves."""
+"""Figures of a network's mistakes: the confusion matrix and misclassified images."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -13,11 +13,11 @@ from matplotlib.patches import Rectangle
 from flaxnets.reporting.figures import write_figure
 from flaxnets.text import shorten
 
-# Of the confusion matrix: inches a class, and the whole at least and at most.
+# Confusion matrix: inches per class, and the smallest and largest side.
 CELL, SMALLEST, LARGEST = 0.46, 2.6, 14.0
-MOST_COUNTED = 25  # classes up to which the number of images is written in each cell
-MOST_NAMED = 120  # classes up to which each is named beside its row and column
-# Of the contact sheet: inches of a column, of a picture, and above the first row.
+MOST_COUNTED = 25  # most classes with the number of images in each cell
+MOST_NAMED = 120  # most classes with names next to rows and columns
+# Contact sheet: columns, and inches of a column, of a picture and above the first row.
 COLUMNS, WIDTH, PICTURE, TITLE = 5, 1.65, 1.25, 0.55
 
 
@@ -27,22 +27,22 @@ def draw_confusion(
     """Draw a confusion matrix, true classes in rows, to `path`, whose suffix gives the format.
 
     Colour is the share of the row's images, so that rare classes show as well as frequent ones, on
-    a scale that sets small shares apart. Up to 25 classes the number of images is written in each
-    cell, up to 120 the name of each class at its row and column.
+    a scale that separates small shares. With up to 25 classes, each cell shows its number of
+    images. With up to 120, rows and columns are named.
 
     Args:
-      confusion: int `(classes, classes)`, images of each class (row) taken for each (column).
-      class_names: of rows and columns.
+      confusion: int `(classes, classes)`, images of each class (row) predicted as each (column).
+      class_names: names of rows and columns.
 
     Raises:
-      StorageError: it cannot be written.
+      StorageError: the figure cannot be written.
     """
     classes = len(confusion)
     shares = 100 * confusion / np.maximum(confusion.sum(axis=1, keepdims=True), 1)
     side = float(np.clip(CELL * classes, SMALLEST, LARGEST))
     figure = Figure(figsize=(side + 2.6, side + 1.6), layout="constrained")
     ax = figure.subplots()
-    # Each class a whole number of pixels or more, or an interpolation of them.
+    # "auto" keeps enlarged cells sharp and interpolates shrunken ones.
     image = ax.imshow(shares, cmap="Blues", norm=PowerNorm(0.5, 0, 100), interpolation="auto")
     if classes <= MOST_COUNTED:
         for (row, column), number in np.ndenumerate(confusion):
@@ -63,7 +63,7 @@ def draw_confusion(
 
 
 def _name_classes(ax: Axes, class_names: Sequence[str], cell: float) -> None:
-    """Write the names beside rows and columns, each of which is `cell` inches wide."""
+    """Write the names next to rows and columns, each of which is `cell` inches wide."""
     names = [shorten(name, 20) for name in class_names]
     size = min(9.0, 0.8 * 72 * cell)
     fits = max(map(len, names)) * 0.65 * size < 72 * cell
@@ -77,20 +77,20 @@ def draw_contact_sheet(
     images: Sequence[np.ndarray], captions: Sequence[str], path: Path, title: str
 ) -> None:
     """Draw small pictures in rows of five, each with a caption above it, to `path`, whose suffix
-    gives the format. Without any, the title alone is drawn.
+    gives the format. Without pictures, only the title is drawn.
 
     Args:
-      images: uint8 `(height, width, channels)` each, of 1 or 3 channels.
-      captions: of the images; may have several lines.
+      images: uint8 `(height, width, channels)` each, with 1 or 3 channels.
+      captions: captions of the images, of one or more lines.
 
     Raises:
-      StorageError: it cannot be written.
+      StorageError: the figure cannot be written.
     """
     lines = max((caption.count("\n") + 1 for caption in captions), default=0)
     rows = -(-len(images) // COLUMNS)
-    height = PICTURE + 0.14 * lines + 0.16  # inches, of a picture with its caption
+    height = PICTURE + 0.14 * lines + 0.16  # inches of a picture with its caption
     figure = Figure(figsize=(WIDTH * COLUMNS, TITLE + height * rows))
-    # One pair of axes in inches: with one for each picture it takes five times as long.
+    # One pair of axes in inches: one pair per picture would take five times as long.
     ax = figure.add_axes((0, 0, 1, 1))
     for i, (image, caption) in enumerate(zip(images, captions, strict=True)):
         row, column = divmod(i, COLUMNS)

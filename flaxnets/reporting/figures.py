@@ -1,8 +1,8 @@
-"""Figures of the study, as Figure 6 of He et al. (2015), of one run, and of the benchmark.
+"""Figures of a study (as Figure 6 of He et al. 2015), of one run, and of the benchmark.
 
-One convention holds for every figure of a study, and stands here: the colour is the depth, the
-panel is the kind, a solid line is training error or whatever the figure is about, a thin dashed
-line is test error and nothing else, and panels share their scales.
+All figures of a study follow the convention set here: a colour is a depth, a panel is a kind, a
+solid line is training error or the subject of the figure, a thin dashed line is always test error,
+and panels share their scales.
 """
 
 import io
@@ -28,11 +28,11 @@ from flaxnets.reporting.tables import blocks, network_name
 from flaxnets.studies.study import Network, Run
 from flaxnets.text import millions, shorten
 
-# After Okabe and Ito (2008), without faint ones: each has a contrast of 3:1 or more on white,
+# After Okabe and Ito (2008), without faint colours. Each has a contrast of 3:1 or more on white,
 # and neighbouring depths differ in lightness too.
 COLOURS = ("#0072B2", "#D55E00", "#000000", "#009E73", "#CC79A7", "#A6761D", "#777777")
 
-# The degradation problem is about training error.
+# Training error is bold, because the degradation problem is about it.
 STYLES: dict[str, dict[str, Any]] = {
     "training error": {"lw": 2.2, "ls": "-"},
     "test error": {"lw": 1.0, "ls": "--"},
@@ -41,21 +41,21 @@ TICKS = (0, 0.5, 1, 2, 5, 10, 20, 30, 50, 70, 100)  # percent
 
 
 def colour_depths(depths: Iterable[int]) -> dict[int, str]:
-    """The colour of each depth of a study. Give all of them: colours go by their order."""
+    """Map all depths of a study to their colours, which go by the order of the depths."""
     return {depth: COLOURS[i % len(COLOURS)] for i, depth in enumerate(sorted(set(depths)))}
 
 
 def write_png_and_svg(figure: Figure, path: Path, title: str) -> None:
-    """Write a figure to `path`, a PNG, and as an SVG beside it; see `write_figure`."""
+    """Write a figure to `path`, a PNG, and as an SVG next to it; see `write_figure`."""
     for suffix in (path.suffix, ".svg"):
         write_figure(figure, path.with_suffix(suffix), title)
 
 
 def write_figure(figure: Figure, path: Path, title: str, **place: Any) -> None:
-    """Write a figure with a title, whole or not at all; the suffix of `path` gives the format.
+    """Write a figure with a title atomically; the suffix of `path` gives the format.
 
-    Titles, labels and legends may be names of paths, kinds or classes: a dollar in them starts no
-    formula. `place` are further arguments of `Figure.suptitle`.
+    Titles, labels and legends may contain names of paths, kinds or classes, so dollar signs in them
+    do not start formulas. `place` holds further arguments of `Figure.suptitle`.
     """
     # Matplotlib's own wrapping would take dollar signs for formulas.
     width = int(11 * figure.get_figwidth())  # characters
@@ -69,20 +69,20 @@ def write_figure(figure: Figure, path: Path, title: str, **place: Any) -> None:
         text.set_parse_math(False)
     picture = io.BytesIO()
     form = path.suffix.lstrip(".")
-    metadata = {"Date": None} if form == "svg" else None  # the same bytes each time
+    metadata = {"Date": None} if form == "svg" else None  # a date would change the bytes
     with warnings.catch_warnings(), rc_context({"svg.hashsalt": "flaxnets"}):
-        # Of scripts that the font does not have: boxes are drawn.
+        # Characters missing from the font are drawn as boxes.
         warnings.filterwarnings("ignore", "Glyph .* missing from", UserWarning)
         figure.savefig(picture, dpi=160, format=form, metadata=metadata)
     write_atomic(path, picture.getvalue())
 
 
 def draw_errors(networks: Sequence[Network], path: Path, title: str) -> None:
-    """Draw a panel a kind, a colour a depth: training error solid and bold, test error dashed.
+    """Draw a panel per kind, a colour per depth: training error solid and bold, test error dashed.
 
-    All panels share one scale, linear up to 1 % and logarithmic above, on which small errors can be
-    read. With several seeds a line is their mean over the seeds that got that far, and a band their
-    smallest and largest value. Written to `path`, a PNG, and as an SVG beside it.
+    All panels share one scale, linear up to 1 % and logarithmic above, so that small errors can be
+    read. With several seeds, a line is the mean over the seeds that got that far, and a band spans
+    their lowest and highest values. Written to `path`, a PNG, and as an SVG next to it.
     """
     kinds = list(dict.fromkeys(network.kind for network in networks))
     colours = colour_depths(network.depth for network in networks)
@@ -111,7 +111,7 @@ def draw_errors(networks: Sequence[Network], path: Path, title: str) -> None:
 
 
 def style_axes(ax: Axes) -> None:
-    """Whole numbers along x, a faint grid, no frame."""
+    """Set whole numbers along x, a faint grid and no frame."""
     ax.xaxis.set_major_locator(MaxNLocator(integer=True, steps=[1, 2, 5, 10]))
     ax.grid(color="0.9", linewidth=0.6)
     ax.spines[["top", "right"]].set_visible(False)
@@ -142,8 +142,7 @@ def scale_errors(ax: Axes, errors: Sequence[float], name: str = "error") -> None
 
 
 def _name_networks(networks: Sequence[Network], colours: Mapping[int, str]) -> list[Line2D]:
-    """A line a depth, which plain and residual twins share: they have equal blocks and
-    parameters."""
+    """Make a legend entry per depth, shared by plain and residual twins of equal size."""
     names: dict[tuple[int, str], list[str]] = {}
     for network in networks:
         config = network.runs[0].config
@@ -162,9 +161,9 @@ def _name_networks(networks: Sequence[Network], colours: Mapping[int, str]) -> l
 
 
 def draw_run(rows: Sequence[Mapping[str, Any]], path: Path, title: str) -> None:
-    """Draw one run: error of each split against epoch, of training solid, of other images dashed.
+    """Draw the errors of one run against epoch: of training images solid, of other images dashed.
 
-    `rows` are those of `metrics.csv`. Written to `path`, a PNG, and as an SVG beside it.
+    `rows` are those of `metrics.csv`. Written to `path`, a PNG, and as an SVG next to it.
     """
     figure = Figure(figsize=(6.4, 4.2), layout="constrained")
     ax = figure.subplots()
@@ -187,7 +186,7 @@ def draw_run(rows: Sequence[Mapping[str, Any]], path: Path, title: str) -> None:
 
 
 def _draw_network(ax: Axes, network: Network, colour: str) -> tuple[float, float, str, str] | None:
-    """Draw both curves; returns where that of training ends, its label and colour."""
+    """Draw both curves; return the end of the training curve, its label and colour."""
     runs = [run for run in network.runs if run.result.rows]
     if not runs:
         return None
@@ -205,12 +204,12 @@ def _draw_network(ax: Axes, network: Network, colour: str) -> tuple[float, float
 
 
 def _curves(runs: Sequence[Run], metric: str) -> tuple[list[float], np.ndarray]:
-    """Epochs and the metric of each run `(runs, epochs)`, NaN from where a run has no more rows."""
+    """Return epochs and each run's metric `(runs, epochs)`, NaN after a run's last row."""
     longest = max((run.result.rows for run in runs), key=len)
     curves = np.full((len(runs), len(longest)), np.nan)
     for curve, run in zip(curves, runs, strict=True):
         curve[: len(run.result.rows)] = [row[metric] for row in run.result.rows]
-    # The last epoch may be a part of one.
+    # The last epoch may be incomplete.
     per_epoch = longest[0]["step"]
     return [row["step"] / per_epoch for row in longest], curves
 
@@ -218,15 +217,15 @@ def _curves(runs: Sequence[Run], metric: str) -> tuple[list[float], np.ndarray]:
 def label_ends(ax: Axes, labels: Sequence[tuple[float, float, str, str]]) -> None:
     """Write each label (x, y, text, colour) to the right of the end of its line.
 
-    A label is moved up where it would cover another one; where its line ends further left than
-    others, it is moved up or down to where it covers no line. Scales and lines must be there.
+    A label moves up if it would cover another one. If its line ends further left than others, it
+    moves up or down until it covers no line. Scales and lines must be set before.
     """
-    ax.get_xlim()  # autoscaling is lazy
-    to_shares = ax.transScale + ax.transLimits  # of the axes' width and height
+    ax.get_xlim()  # forces lazy autoscaling
+    to_shares = ax.transScale + ax.transLimits  # as shares of the axes' width and height
     lines = [to_shares.transform(np.asarray(line.get_xydata(), float)) for line in ax.lines]
     last = max((np.fmax.reduce(line[:, 0], initial=0.0) for line in lines), default=0.0)
     height = ax.get_position().height * cast(Figure, ax.figure).get_figheight()
-    gap = max(0.05, 11.5 / 72 / height)  # of points, in an axes so many inches high
+    gap = max(0.05, 11.5 / 72 / height)  # 11.5 points as a share of the axes' height
     placed: list[np.ndarray] = []
 
     def is_free(place: np.ndarray) -> bool:
@@ -244,7 +243,7 @@ def label_ends(ax: Axes, labels: Sequence[tuple[float, float, str, str]]) -> Non
         return gap / 2 < place[1] < 1 - gap / 2
 
     steps = gap / 4 * np.arange(40)
-    steps = np.stack([steps, -steps], 1).ravel()  # the nearest first
+    steps = np.stack([steps, -steps], 1).ravel()  # nearest first
     for x, y, text, colour in sorted(labels, key=lambda label: label[1]):
         end = to_shares.transform((x, y))
         stacked = sorted(max(0.0, above + gap - end[1]) for _, above in placed)
@@ -267,17 +266,21 @@ def label_ends(ax: Axes, labels: Sequence[tuple[float, float, str, str]]) -> Non
 def draw_benchmark(
     rates: Mapping[str, Mapping[str, Sequence[float]]], path: Path, title: str
 ) -> None:
-    """Draw the speed of each contender as a bar, a group a model, from `rates`: model -> contender
-    -> images a second in each round.
+    """Draw the throughput of each contender as a bar, grouped by model.
 
-    Bars are medians, and the thin lines on them the slowest and the fastest round, relative to the
-    median of `torch`, or of `ours` where torch has not run for every model. Written to `path`,
-    whose suffix gives the format.
+    Bars are medians, and the thin lines on them span the slowest to the fastest round. All are
+    relative to the median of `torch`, or of `ours` if torch has not run for every model. Written to
+    `path`, whose suffix gives the format.
+
+    Args:
+      rates: model -> contender -> images per second in each round.
     """
     baseline = "torch" if all("torch" in contenders for contenders in rates.values()) else "ours"
     names = list(dict.fromkeys(name for contenders in rates.values() for name in contenders))
     height = 0.8 / len(names)
-    bar_colours = [colour for colour in COLOURS if colour != "#000000"]  # lines are drawn on bars
+    bar_colours = [
+        colour for colour in COLOURS if colour != "#000000"
+    ]  # lines on the bars would vanish
     figure = Figure(
         figsize=(7.6, 1.3 + len(rates) * (0.3 + 0.22 * len(names))), layout="constrained"
     )

@@ -52,7 +52,7 @@ function drawErrors(place, runs) {
   const kinds = [...new Set(runs.map((run) => run.kind))];
   const depths = [...new Set(runs.map((run) => run.depth))].sort((a, b) => a - b);
   const lastEpoch = lines.reduce((most, line) => line.run.epoch.reduce((a, b) => Math.max(a, b), most), 0);
-  const off = new Set(); // keys of what is switched off
+  const off = new Set(); // keys of all that is switched off
   const panels = new Map(kinds.map((kind) => [kind, makePanel(kind)]));
   const tip = html("div", { id: "tip", hidden: "" });
   const spoken = html("p", { class: "unseen", "aria-live": "polite" });
@@ -74,7 +74,7 @@ function drawErrors(place, runs) {
     return ![`kind ${line.run.kind}`, `depth ${line.run.depth}`, line.metric].some((key) => off.has(key));
   }
 
-  // The legend is made of switches.
+  // The entries of the legend are toggle buttons.
   function makeLegend() {
     const sample = (metric, stroke) => {
       const path = svg("path", { d: "M1,5H21", class: `line ${metric}` });
@@ -106,7 +106,7 @@ function drawErrors(place, runs) {
   function makePanel(kind) {
     const picture = svg("svg", {
       tabindex: 0, role: "group",
-      "aria-label": `${kind}: error against epoch. Left and right go along a line, up and down to another one.`,
+      "aria-label": `${kind}: error against epoch. Left and right move along a line, up and down to another line.`,
     });
     const panel = { kind, picture, box: html("div", { class: "panel" }, html("h3", {}, kind), picture), lines: [] };
     const point = (event) => {
@@ -123,7 +123,7 @@ function drawErrors(place, runs) {
     return panel;
   }
 
-  // One scale of errors for all panels, of what is shown.
+  // One scale of errors for all panels, fitted to the lines shown.
   function makeScale(shown, height) {
     const errors = shown.flatMap((line) => line.errors).filter((error) => error !== null);
     const most = errors.reduce((a, b) => Math.max(a, b), 0) || 1;
@@ -208,12 +208,12 @@ function drawErrors(place, runs) {
     return `error (%), logarithmic${zero}`;
   }
 
-  // Each depth beside the end of its lines, moved up where two would overlap.
+  // Label the end of each depth's lines, moved up where two labels would overlap.
   function labelEnds(panel) {
     const metric = off.has("train") ? "test" : "train";
     const ends = depths.map((depth) => {
       let found = panel.lines.filter((line) => line.run.depth === depth && line.metric === metric && line.errors.at(-1) !== null);
-      // Of seeds that are not equally far, those that got furthest.
+      // Only the seeds that got furthest count.
       const last = Math.max(...found.map((line) => line.run.epoch.at(-1)));
       found = found.filter((line) => line.run.epoch.at(-1) === last);
       const mean = (values) => values.reduce((a, b) => a + b, 0) / values.length;
@@ -230,7 +230,7 @@ function drawErrors(place, runs) {
     });
   }
 
-  // Reading a point: with a pointer or a finger the nearest one, with the keyboard the next one.
+  // Reading points: a pointer or finger reads the nearest one, the keyboard steps along the lines.
   function nearest(panel, x, y) {
     let best = null, least = Infinity;
     for (const line of panel.lines) {
@@ -283,7 +283,7 @@ function drawErrors(place, runs) {
     const rows = Object.entries(METRICS).map(([metric, label]) =>
       html("div", metric === line.metric ? { class: "read" } : {}, html("span", {}, label), html("span", {}, percent(run[metric][index]))));
     tip.replaceChildren(html("div", {}, name), html("div", {}, epoch), ...rows);
-    // Beside the point, to the side with more room, and within the figure.
+    // Place the tip next to the point, to the left if the right has no room, within the figure.
     const box = panel.picture.getBoundingClientRect(), frame = place.getBoundingClientRect();
     const scale = box.width / panel.width;
     const left = box.left - frame.left + x * scale, top = box.top - frame.top + (y ?? MARGIN.top) * scale;

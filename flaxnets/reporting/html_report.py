@@ -1,6 +1,6 @@
 """The report of a study: one HTML file with its figure, tables, diagnostics and configuration.
 
-A study may be a stranger's: what its files hold is shown as text, and no file outside it is read.
+A study may be untrusted: the contents of its files are shown as text, and no other file is read.
 """
 
 import base64
@@ -37,9 +37,9 @@ METRICS = (
 
 @dataclass(frozen=True)
 class Diagnostic:
-    """A finding about the networks of a study, with a PNG picture and a table if there are any.
+    """A finding about the networks of a study, with an optional PNG picture and table.
 
-    `table` is headings, and rows of text and numbers, as in `diagnostics.json`.
+    `table` has headings, and rows of text and numbers, as in `diagnostics.json`.
     """
 
     title: str
@@ -54,10 +54,10 @@ def make_report(
     diagnostics: Sequence[Diagnostic] = (),
     picture: bytes | None = None,
 ) -> str:
-    """The page, which needs nothing but itself.
+    """Make the report, a self-contained HTML page.
 
     Args:
-      environments: what the study ran on, as `study.json` has it.
+      environments: environments of the study, as stored in `study.json`.
       picture: the study's figure as a PNG, for readers without JavaScript.
     """
     runs = [_readable(run) for run in runs]
@@ -87,48 +87,48 @@ def make_report(
     )
 
 
-# What lies beside the runs. Damage is warned of and left out.
+# Files next to the runs. Damaged ones are left out, with a warning.
 
 
 def read_environments(study: Path) -> list[Any]:
-    """What a study ran on, by its `study.json`."""
+    """Read the environments of a study from its `study.json`."""
     stored = _read_json(study / "study.json")
     environments = stored.get("environments") if isinstance(stored, dict) else None
     return environments if isinstance(environments, list) else []
 
 
 def read_diagnostics(study: Path) -> list[Diagnostic]:
-    """What `diagnostics/diagnostics.json` tells, with the pictures beside it."""
+    """Read `diagnostics/diagnostics.json` and the pictures next to it."""
     path = study / "diagnostics" / "diagnostics.json"
     if path.parent.is_symlink():
         _warn(f"{path.parent} is a link")
         return []
     stored = _read_json(path)
     if stored is not None and not isinstance(stored, list):
-        _warn(f"{path} is damaged (it holds no list)")
+        _warn(f"{path} is damaged (it is not a list)")
     diagnostics = []
     for entry in stored if isinstance(stored, list) else []:
         keys = ("title", "paragraph", "figure")
         title, paragraph, figure = map(entry.get, keys) if isinstance(entry, dict) else [None] * 3
         if not isinstance(title, str) or not isinstance(paragraph, str):
-            _warn(f"{path} is damaged (it has something without title and paragraph)")
+            _warn(f"{path} is damaged (an entry lacks a title or paragraph)")
             continue
         picture = None
         if isinstance(figure, str) and re.fullmatch(r"\w[\w.-]{0,200}", figure):
             picture = read_picture(path.with_name(figure), needed=True)
         elif figure is not None:
-            _warn(f"{path} is damaged (a figure in it is not the name of a file beside it)")
+            _warn(f"{path} is damaged (a figure in it is not the name of a file next to it)")
         table = None
         if _is_table(entry.get("table")):
             table = entry["table"]["headings"], entry["table"]["rows"]
         elif entry.get("table") is not None:
-            _warn(f"{path} is damaged (a table in it is not headings and rows of as many cells)")
+            _warn(f"{path} is damaged (a table in it is not headings and rows of equal length)")
         diagnostics.append(Diagnostic(title, paragraph, picture, table))
     return diagnostics
 
 
 def _is_table(value: Any) -> bool:
-    """Whether `value` is headings, and rows of text or finite numbers with a cell for each."""
+    """Return whether `value` has headings, and rows of text or finite numbers of equal length."""
     if not isinstance(value, dict):
         return False
     headings, rows = value.get("headings"), value.get("rows")
@@ -147,14 +147,14 @@ def _is_table(value: Any) -> bool:
 
 
 def parse_number(text: str) -> float | None:
-    """The number that the text of a cell is, such as `-1,360` or `5.71e-07`; None for none."""
+    """Parse a cell that is a number, such as `-1,360` or `5.71e-07`; None for other text."""
     form = r"[+-]?\d{1,3}((,\d{3})*|\d*)(\.\d+)?(e[+-]?\d{1,3})?"
     number = float(text.replace(",", "")) if re.fullmatch(form, text, re.ASCII) else math.inf
     return number if math.isfinite(number) else None
 
 
 def read_picture(path: Path, needed: bool = False) -> bytes | None:
-    """A PNG; None where there is none, with a warning if it is `needed`."""
+    """Read a PNG; None if there is none, with a warning if it is `needed`."""
     content = _read_file(path, needed)
     if content is not None and not content.startswith(b"\x89PNG\r\n\x1a\n"):
         _warn(f"{path} is not a PNG")
@@ -172,7 +172,7 @@ def _read_json(path: Path) -> Any:
 
 def _read_file(path: Path, needed: bool = False) -> bytes | None:
     try:
-        # A link or a pipe would lead elsewhere, or nowhere ever.
+        # A link could lead elsewhere, and reading a pipe could block forever.
         status = path.lstat()
         if stat.S_ISREG(status.st_mode) and status.st_size <= LARGEST_FILE:
             return path.read_bytes()
@@ -188,7 +188,7 @@ def _warn(problem: str) -> None:
 
 
 def _readable(run: Run) -> Run:
-    """A run whose numbers can all be compared and printed; what cannot be is NaN."""
+    """Replace numbers of a run that cannot be compared or printed by NaN."""
 
     def number(value: Any) -> float:
         return float(value) if abs(value) < 1e15 else math.nan
@@ -198,7 +198,7 @@ def _readable(run: Run) -> Run:
     return replace(run, result=replace(run.result, rows=rows, step=step, seconds=seconds))
 
 
-# What the study is.
+# Title and subtitle.
 
 
 def _title(networks: Sequence[Network]) -> str:
@@ -235,7 +235,7 @@ def _total_steps(config: dict[str, Any]) -> int | None:
 
 
 def _text(value: object) -> str:
-    """Text for HTML: no markup, and nothing that reorders or hides other characters."""
+    """Escape text for HTML, and replace characters that reorder or hide others."""
 
     def visible(c: str) -> str:
         return c if c.isprintable() or c == "\u00a0" else " " if c.isspace() else "\ufffd"
@@ -244,7 +244,7 @@ def _text(value: object) -> str:
 
 
 def _facts(values: Any) -> str:
-    """A list of names and values, those of an object within it side by side."""
+    """List names and values; those of a nested object are side by side."""
     if not isinstance(values, dict) or not values:
         return "<p>Not recorded.</p>"
     lines = []
@@ -260,7 +260,7 @@ def _name(key: str) -> str:
 
 
 def _image(picture: bytes, alternative: str) -> str:
-    # As wide as it is in print: the figures of this library have 160 dots an inch, a page has 96.
+    # Shown at print size: figures of this library have 160 dots per inch, a page has 96.
     width = int.from_bytes(picture[16:20]) * 96 // 160 or 600
     data = base64.b64encode(picture).decode()
     alt = _text(alternative)
@@ -273,14 +273,14 @@ def _image(picture: bytes, alternative: str) -> str:
 def _figure(lines: Sequence[Any], picture: bytes | None) -> str:
     if not lines:
         return "<p>No run has finished an epoch yet, so there is nothing to draw.</p>"
-    instead = "<p>The errors are drawn here by JavaScript; the tables have those of the end.</p>"
+    instead = "<p>The errors are drawn here by JavaScript; the tables list the final ones.</p>"
     if picture is not None:
         instead = _image(picture, "Training and test error against epoch, a panel for each kind")
     return f'<div id="figure">{instead}</div>'
 
 
 def _line(run: Run, colour: int) -> dict[str, Any]:
-    """A run for the figure: epochs as in `degradation.png`, null for what is no error."""
+    """Convert a run for the figure: epochs as in `degradation.png`, null for invalid errors."""
     rows = run.result.rows
     first = rows[0]["step"] if rows[0]["step"] > 0 else 1.0
     line = {"kind": run.kind, "depth": run.depth, "seed": run.seed}
@@ -292,7 +292,7 @@ def _line(run: Run, colour: int) -> dict[str, Any]:
     return line
 
 
-# A cell is text, or a number as it is shown and as it is sorted.
+# A cell is text, or a number as text and as the value to sort by.
 Cell = str | tuple[str, float]
 
 
@@ -305,9 +305,9 @@ def _time(seconds: float) -> Cell:
 
 
 def _tables(networks: Sequence[Network]) -> str:
-    """A table of the networks, where there are several seeds, and one of the runs."""
+    """Make a table of the networks, if there are several seeds, and one of the runs."""
     if not networks:
-        return "<p>There are none yet.</p>"
+        return "<p>There are no runs yet.</p>"
     first, errors = ["kind", "network", "blocks", "depth", "parameters"], [m[0] for m in METRICS]
     means, ends = [], []
     for network in networks:
@@ -357,9 +357,9 @@ def _table(
     rows: Sequence[Sequence[Cell]],
     heads_section: bool = True,
 ) -> str:
-    """A table in a box that scrolls. Caption and headings may be a stranger's text.
+    """Make a table in a box that scrolls. Caption and headings may be untrusted text.
 
-    One that does not head its section shows no caption, and is no wider than its section's text.
+    Without `heads_section`, it has no caption and is no wider than the text of its section.
     """
     caption = _text(caption)
 
@@ -391,11 +391,11 @@ def _diagnostics(diagnostics: Sequence[Diagnostic]) -> str:
         for each in diagnostics
     ]
     command = "<code>python experiments/diagnostics.py STUDY_DIR</code>"
-    return "\n".join(sections) or f"<p>There are none yet: {command} makes them.</p>"
+    return "\n".join(sections) or f"<p>There are no diagnostics yet: {command} makes them.</p>"
 
 
 def _number_table(title: str, headings: list[str], rows: list[list[str | float]]) -> str:
-    """The table of a diagnostic. A column that holds any number is sorted by its numbers."""
+    """Make the table of a diagnostic. A column with any number is sorted by its numbers."""
     columns: list[list[Cell]] = []
     for column in zip(*rows, strict=True):
         texts = [cell if isinstance(cell, str) else f"{cell:,.6g}" for cell in column]
@@ -409,17 +409,17 @@ def _number_table(title: str, headings: list[str], rows: list[list[str | float]]
 
 
 def _command(commands: Sequence[str], remarks: Sequence[str]) -> str:
-    introduction = ["<p>This makes the study again:</p>"] if commands else []
+    introduction = ["<p>To reproduce this study:</p>"] if commands else []
     parts = [f"<pre>{_text(command)}</pre>" for command in commands]
     return "\n".join([*introduction, *parts, *(f"<p>{_text(remark)}</p>" for remark in remarks)])
 
 
 def _colours() -> str:
-    """The figure's colours as variables. Its black is that of text, which is light on dark."""
+    """Return the figure's colours as CSS variables, with the colour of text for black."""
     colours = ("var(--ink)" if colour == "#000000" else colour for colour in COLOURS)
     return f":root {{ {' '.join(f'--line-{i}: {c};' for i, c in enumerate(colours))} }}"
 
 
 def _hash(text: str) -> str:
-    """How a content security policy names what a page may run."""
+    """Return the hash with which a content security policy allows a style or script."""
     return f"'sha256-{base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()}'"

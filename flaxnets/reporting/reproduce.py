@@ -1,6 +1,6 @@
-"""The command that makes a study again, told from the configs of its runs.
+"""The command line of a study, reconstructed from the configs of its runs.
 
-They may be a stranger's: a command is made of names that the study knows, and of numbers.
+Configs may be untrusted: a command consists only of validated names and numbers.
 """
 
 import json
@@ -13,29 +13,29 @@ from typing import Any
 from flaxnets.studies.config import DATASET_NAME
 from flaxnets.training import RECIPES
 
-# What all runs of a study have in common; see `experiments/degradation.py`.
+# Fields that all runs of a study share; see `experiments/degradation.py`.
 DEFINITION = ("family", "shortcut", "stem", "precision", "dataset", "augmentation", "recipe")
-# A config does not tell whether a run had all training images; of these data sets it is known.
+# A config does not say whether a run used all training images, so their number is listed here.
 TRAINING_IMAGES = {"digits": 1_437, "mnist": 60_000, "fashion_mnist": 60_000, "cifar10": 50_000}
 
 
 def reproduce(
     configs: Sequence[dict[str, Any]], environments: Sequence[Any] = ()
 ) -> tuple[list[str], list[str]]:
-    """The commands that make runs of these configs, and what to know of them.
+    """Return the commands that reproduce runs of these configs, and remarks on them.
 
-    There are several where the runs are no full grid, and none where no command can do it.
+    There are several commands if the runs are not a full grid, and none if no command can do it.
     """
     if not configs:
-        return [], ["There is no run yet to tell the command from."]
+        return [], ["There is no run yet to reconstruct the command from."]
     study = {key: configs[0].get(key) for key in DEFINITION}
     if any(config.get(key) != value for config in configs for key, value in study.items()):
-        return [], ["The runs differ in more than the grid, so that no command makes them all."]
+        return [], ["The runs differ in more than the grid, so no command makes them all."]
     data: Any = study["dataset"] if isinstance(study["dataset"], dict) else {}
     recipe: Any = study["recipe"] if isinstance(study["recipe"], dict) else {}
     name, preset = str(data.get("name", "")), str(recipe.get("name"))
     if not DATASET_NAME.fullmatch(name) or preset not in RECIPES:
-        return [], ["The command knows no such data set or recipe."]
+        return [], ["The command has no such data set or recipe."]
 
     options, remarks = _recipe_options(recipe)
     options |= {
@@ -59,16 +59,16 @@ def reproduce(
         ["python", "experiments/degradation.py", *grid, *shared] for grid in _grids(configs)
     ]
     if not all(re.fullmatch(r"[\w-][\w.+/:,-]*", part) for command in commands for part in command):
-        return [], ["Its configuration holds what no option of the command takes."]
+        return [], ["The configuration holds values that no option of the command accepts."]
     if name != "digits":
-        remarks.append("--data-dir DIR has to be added where TFDS has the data in a place apart.")
+        remarks.append("Add --data-dir DIR if the TFDS data are not in the default directory.")
     for kind in sorted({config["kind"] for config in configs if ":" in config["kind"]}):
-        remarks.append(f"{kind} is imported from the directory in which it is started, and run.")
+        remarks.append(f"{kind} is imported from the working directory and run.")
     return [shlex.join(command) for command in commands], remarks
 
 
 def _recipe_options(recipe: dict[str, Any]) -> tuple[dict[str, tuple[Any, Any]], list[str]]:
-    """Option -> value and default, and in words what there is no option for."""
+    """Return option -> (value, default), and remarks on values without an option."""
     preset = json.loads(json.dumps(asdict(RECIPES[recipe["name"]])))
     differs = {key for key in preset.keys() | recipe.keys() if recipe.get(key) != preset.get(key)}
     options = {
@@ -78,7 +78,7 @@ def _recipe_options(recipe: dict[str, Any]) -> tuple[dict[str, tuple[Any, Any]],
     }
     differs -= {option.replace("-", "_") for option in options}
     if "epochs" in options and recipe.get("steps") is None:
-        differs.discard("steps")  # which a length in epochs replaces
+        differs.discard("steps")  # replaced by a length in epochs
     remarks = [
         f"No option sets {plain(key)}: it was {plain(recipe.get(key))}, "
         f"and the recipe has {plain(preset.get(key))}."
@@ -88,7 +88,7 @@ def _recipe_options(recipe: dict[str, Any]) -> tuple[dict[str, tuple[Any, Any]],
 
 
 def _grids(configs: Iterable[dict[str, Any]]) -> list[list[str]]:
-    """The grids that these runs are, as options: kinds of the same depths and seeds are in one."""
+    """Return the grids of these runs as options; kinds of equal depths and seeds share one."""
     seeds: dict[tuple, list] = {}
     depths: dict[tuple, list] = {}
     kinds: dict[tuple, list] = {}
@@ -108,7 +108,7 @@ def _grids(configs: Iterable[dict[str, Any]]) -> list[list[str]]:
 
 
 def plain(value: Any) -> str:
-    """A name or a value of a config for people; what is nested in it is not shown."""
+    """Format a name or value of a config for people, without nested values."""
     if isinstance(value, list):
         return ", ".join(map(plain, value[:100])) if value else "none"
     if isinstance(value, dict):

@@ -1,4 +1,4 @@
-"""A study's results as a table for the console."""
+"""Tables of a study's results for the console."""
 
 import math
 from collections.abc import Iterable, Sequence
@@ -13,18 +13,20 @@ from flaxnets.text import duration, millions
 
 
 def network_name(config: dict[str, Any]) -> str:
-    """`cifar_resnet18`, or `my_nets:build 18` for a network of the user's own."""
+    """Return `cifar_resnet18`, or `my_nets:build 18` for a custom network."""
     return config["model"].get("name") or f"{config['kind']} {config['depth']}"
 
 
 def blocks(config: dict[str, Any]) -> str:
-    """Blocks in each stage, `3-3-2`."""
+    """Return the number of blocks in each stage, such as `3-3-2`."""
     return "-".join(map(str, config["blocks"])) or "-"
 
 
 def results_table(networks: Sequence[Network]) -> Table:
-    """A row a network, 80 columns wide: errors and loss at the end of training, mean ± standard
-    deviation over finished seeds."""
+    """Make a table 80 columns wide, one row per network.
+
+    Errors and loss are those at the end of training, mean ± standard deviation over finished seeds.
+    """
     table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
     table.add_column("network", no_wrap=True)
     for heading in ("train\nerror, %", "test\nerror, %", "train\nloss"):
@@ -45,8 +47,11 @@ def results_table(networks: Sequence[Network]) -> Table:
 
 
 def differences_table(curves: Iterable[list[Network]]) -> Table | None:
-    """How training error changes with depth, seed by seed; from five seeds on, the mean and its
-    95 % bootstrap interval. A curve is networks that differ in depth. None without two of them."""
+    """Make a table of how training error changes with depth, seed by seed.
+
+    From five seeds on, it shows the mean and its 95 % bootstrap interval. A curve is a list of
+    networks that differ in depth. Returns None if there is nothing to compare.
+    """
     table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
     table.add_column("more depth", no_wrap=True)
     table.add_column("training error changes, paired by seed, points")

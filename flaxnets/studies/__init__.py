@@ -1,1 +1,1 @@
-"""What a study is: its configs, its directory, its runs, and restoring them."""
+"""Studies: their configs, directories and runs, and restoring trained networks."""

@@ -1,4 +1,4 @@
-"""What a run's config must hold before anything is made of it: it may come from a stranger."""
+"""Validation of a run's config before use: it may come from an untrusted source."""
 
 import math
 import re
@@ -9,10 +9,10 @@ import jax.numpy as jnp
 
 from flaxnets.errors import InputError
 
-# TFDS would fetch and run a community's code for `namespace:name`.
+# No `namespace:name`: TFDS would fetch and run community code for it.
 DATASET_NAME = re.compile(r"\w[\w.+-]*(/[\w.+-]+)?(:[\d.]+)?")
 
-DEEPEST = 1202  # of the paper; building deeper networks takes minutes
+DEEPEST = 1202  # the paper's deepest; building deeper networks takes minutes
 
 DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
 
@@ -34,24 +34,24 @@ def _is_text(value: Any) -> bool:
 
 
 def _is_name(value: Any) -> bool:
-    """Of a network, or `module:function`: what may be printed and drawn as it is."""
+    """Return whether `value` is a plain name or `module:function`, safe to print and draw."""
     return isinstance(value, str) and re.fullmatch(r"[\w.:]{1,200}", value) is not None
 
 
 def _is_depth(value: Any) -> bool:
-    # Runs of alexnet2012 have had the year as their depth.
+    # Early runs of alexnet2012 have the year as their depth.
     return _is_count(value) and (value <= DEEPEST or value == 2012)
 
 
 def is_network(value: Any) -> bool:
-    """A name of `create_model` with a depth that can be built."""
+    """Return whether `value` is a name for `create_model` with a depth that can be built."""
     if not _is_name(value):
         return False
     return all(number.isascii() and _is_depth(int(number)) for number in re.findall(r"\d+", value))
 
 
 def _is_model(value: Any) -> bool:
-    """Of this library (`name`, `overrides` with plain values) or of one's own (`build`)."""
+    """Check for a library model (`name`, plain `overrides`) or a custom one (`build`)."""
     if not isinstance(value, dict) or not _is_count(value.get("num_classes")):
         return False
     if "build" in value:
@@ -93,10 +93,10 @@ FIELDS: dict[str, Callable[[Any], bool]] = {
 
 
 def check_config(config: Any) -> None:
-    """Refuse what is not the config of a run.
+    """Check that `config` is the config of a run.
 
     Raises:
-      InputError: with the field.
+      InputError: a field is missing or invalid; the message names it.
     """
     if not isinstance(config, dict):
         raise InputError("its config is not that of a run")

@@ -1,4 +1,4 @@
-"""The directories of studies and runs: whose they are, who writes to them, what JSON they hold."""
+"""Directories of studies and runs: ownership checks, locks and JSON files."""
 
 import fcntl
 import json
@@ -23,17 +23,17 @@ RUN_FILES: tuple[str, ...] = ("config.json", "checkpoints")
 
 
 def run_key(config: dict[str, Any]) -> tuple[str, int, int]:
-    """Kind, depth and seed of a run's config."""
+    """Return kind, depth and seed of a run's config."""
     return config["kind"], config["depth"], config["seed"]
 
 
 def run_directory(out: Path, kind: str, depth: int, seed: int) -> Path:
-    """Where a study keeps one run."""
+    """Return the directory of one run of a study."""
     return out / f"{kind}-{depth}" / f"seed-{seed}"
 
 
 def check_output_dir(out: Path, what: Literal["study", "run"] = "study") -> None:
-    """Refuse, without writing anything, an `out` that can hold no study, or no run, at all.
+    """Check that `out` can hold a study, or a run, without writing anything.
 
     Raises:
       InputError: `out` is a file, cannot be written, or holds something else.
@@ -49,7 +49,7 @@ def check_output_dir(out: Path, what: Literal["study", "run"] = "study") -> None
         while not existing.exists() and existing != existing.parent:
             existing = existing.parent
         if out.is_symlink() and not out.exists():
-            raise InputError(f"--out {out} is a link that leads nowhere; give a directory")
+            raise InputError(f"--out {out} is a broken link; give a directory")
         if not existing.is_dir():
             raise InputError(f"--out {out}: {existing} is a file; give a directory")
         if not os.access(existing, os.W_OK | os.X_OK):
@@ -59,7 +59,7 @@ def check_output_dir(out: Path, what: Literal["study", "run"] = "study") -> None
         else:
             known, mark = any((out / name).exists() for name in RUN_FILES), "config.json"
         foreign = out.exists() and not known
-        # What a crash in the first moment leaves is hidden, and ours.
+        # Hidden files are ours: an early crash may leave them behind.
         if foreign and any(not path.name.startswith(".") for path in out.iterdir()):
             raise InputError(
                 f"--out {out} holds something that is not a {what} (no {mark}); "
@@ -70,10 +70,10 @@ def check_output_dir(out: Path, what: Literal["study", "run"] = "study") -> None
 
 
 def check_run(out: Path, config: dict[str, Any]) -> None:
-    """Refuse `out` if it holds another run than that of `config`; nothing is written.
+    """Check that `out` holds no run but that of `config`, without writing anything.
 
     Raises:
-      InputError: with what differs and a free name.
+      InputError: it holds another run; the message lists the differences and a free name.
     """
     with Checkpoints(out, read_only=True) as checkpoints:
         if checkpoints.step is None:
@@ -87,24 +87,24 @@ def check_run(out: Path, config: dict[str, Any]) -> None:
 
 
 def check_processes_agree(work: dict[str, Any]) -> None:
-    """Refuse, in all processes of one study, that they were given different `work`.
+    """Check that all processes of a study were given the same `work`.
 
     Raises:
-      InputError: with what differs.
+      InputError: in all processes; the message lists the differences.
     """
     first, *others = map(json.loads, gather_texts(json.dumps(work)))
     for number, other in enumerate(others, 1):
         if differences := list_differences(first, other):
             raise InputError(
-                f"the processes were given different work ({'; '.join(differences[:3])}; there is "
-                f"process 0 and here is process {number}); give all of them the same command"
+                f"the processes were given different work ({'; '.join(differences[:3])}; 'there' "
+                f"is process 0, 'here' is process {number}); give all of them the same command"
             )
 
 
 def read_json(path: Path) -> dict[str, Any] | None:
-    """A JSON object, or None, with a warning, where there is something else; None for no file."""
+    """Read a JSON object; None if there is no file or, with a warning, if it is damaged."""
     try:
-        # A link or a pipe would lead elsewhere, or nowhere ever.
+        # A link could lead elsewhere, and reading a pipe could block forever.
         regular = stat.S_ISREG(path.lstat().st_mode)
         value = json.loads(path.read_text(encoding="utf-8")) if regular else None
     except FileNotFoundError:
@@ -113,7 +113,7 @@ def read_json(path: Path) -> dict[str, Any] | None:
         value = None
     if not isinstance(value, dict):
         warnings.warn(
-            f"{path} is damaged; what the checkpoints know is used", DamageWarning, stacklevel=3
+            f"{path} is damaged; the checkpoints are used instead", DamageWarning, stacklevel=3
         )
         return None
     return value
@@ -152,8 +152,7 @@ def suggest_free_name(out: Path) -> Path:
 def write_study(
     out: Path, definition: dict[str, Any], environments: Iterable[dict[str, Any]]
 ) -> None:
-    """Write `study.json`, in the primary process: with those `environments` in which runs were
-    trained, and those that it has already."""
+    """Write `study.json` in the primary process, adding `environments` to those it lists."""
     if is_primary():
         stored = read_study_file(out).get("environments")
         known = [*(stored if isinstance(stored, list) else []), *environments]
@@ -168,10 +167,10 @@ def _lock_text() -> str:
 
 @contextmanager
 def lock_directory(out: Path) -> Iterator[None]:
-    """Be the only process that writes to `out`, which exists; the lock goes with the process.
+    """Lock the existing directory `out` for this process; the lock ends with the process.
 
     Raises:
-      InputError: another one does, or the file system has no locks.
+      InputError: another process holds the lock, or the file system has no locks.
     """
     path = out / ".lock"
     with storage_errors(path, 0):
@@ -197,7 +196,7 @@ def lock_directory(out: Path) -> Iterator[None]:
 
 
 def check_shared(out: Path) -> None:
-    """Refuse, in all processes, an `out` that is not the same directory for each."""
+    """Check, in all processes, that `out` is the same directory for each."""
     holder = gather_texts(_lock_text())[0]
     with raise_on_all_processes():
         path = out / ".lock"
@@ -209,16 +208,16 @@ def check_shared(out: Path) -> None:
 
 
 def set_foreign_aside(path: Path) -> None:
-    """Rename a file called as one of ours where nothing else says that it is ours."""
+    """Rename a file that has one of our names but was not written by us, and warn of it."""
     if path.exists():
         aside = set_aside(path, "damaged")
         warnings.warn(f"{path} is set aside as {aside}", DamageWarning, stacklevel=3)
 
 
 def begin_run(directory: Path, config: dict[str, Any]) -> None:
-    """Write the `config.json` of a run that is to be trained, in the primary process.
+    """Write the `config.json` of a run to be trained, in the primary process.
 
-    One that is there without a checkpoint, and is not that of a run, is somebody else's.
+    Without checkpoints, an existing file that is not a run's config is set aside.
     """
     if is_primary() and not any(directory.glob("checkpoints/*")):
         try:
@@ -232,12 +231,12 @@ def write_config(directory: Path, config: dict[str, Any]) -> None:
     """Write a run's `config.json`, in the primary process."""
     if is_primary():
         with storage_errors(directory, 0):
-            # Not the study's directory too: if that is gone, so is what was in it.
+            # Do not recreate the study's directory: if it is gone, so are its files.
             directory.parent.mkdir(exist_ok=True)
             directory.mkdir(exist_ok=True)
         write_atomic(directory / "config.json", json.dumps(config, indent=2) + "\n")
 
 
 def find_runs(out: Path) -> list[Path]:
-    """Directories that may hold a run, in a fixed order."""
+    """List directories that may hold a run, in a fixed order."""
     return sorted({path.parent for name in RUN_FILES for path in out.glob(f"*/seed-*/{name}")})

@@ -1,4 +1,4 @@
-"""From a run directory back to a network that can be used."""
+"""Restoring trained networks from run directories."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -18,7 +18,7 @@ from flaxnets.studies.config import DTYPES, check_config
 from flaxnets.training.checkpoints import Checkpoints, read_newest
 from flaxnets.training.loop import find_mismatch, read_rows
 
-RUNS_NAMED = 10  # in an error
+RUNS_NAMED = 10  # most runs listed in an error message
 Build = Callable[[int, int, Any], nn.Module]
 
 
@@ -29,9 +29,9 @@ class Restored:
     Attributes:
       model: the Linen module.
       variables: `params` and `batch_stats`, on every device.
-      config: the run's, as the checkpoint has it.
-      step: updates done when the checkpoint was written, which is the checkpoint's name.
-      class_names: of the logits, in order.
+      config: the run's config, as stored in the checkpoint.
+      step: number of updates done, which is the checkpoint's name.
+      class_names: class names of the logits, in order.
       preprocess: uint8 images `(batch, height, width, channels)` -> normalised float32.
     """
 
@@ -43,7 +43,7 @@ class Restored:
     preprocess: Preprocess
 
     def __repr__(self) -> str:
-        # Without the arrays of `variables`, which would fill a notebook.
+        # Leave out `variables`, whose arrays would flood a notebook.
         kind, depth = self.config["kind"], self.config["depth"]
         network = kind if kind == self.config["model"].get("name") else f"{kind}-{depth}"
         return (
@@ -54,7 +54,7 @@ class Restored:
 
 
 def build_model(config: dict[str, Any], build: Build | None = None) -> nn.Module:
-    """The network that a run's `config.json` describes; `build` makes one of the user's own."""
+    """Build the network that a run's config describes; `build` makes a custom one."""
     dtype = DTYPES[config["precision"]]
     model = config["model"]
     if "build" in model:
@@ -72,14 +72,14 @@ def restore(
 ) -> Restored:
     """Load the newest good checkpoint of a run, on any number of devices.
 
-    Everything comes from that checkpoint, whose files are compared with their sha256 first; where
-    newer ones are damaged, a `DamageWarning` says so, and `.step` is the one that was used.
+    Everything comes from that checkpoint, whose files are first checked against their sha256. If
+    newer checkpoints are damaged, there is a `DamageWarning`, and `.step` is the step restored.
 
     Args:
       path: a run directory, such as `runs/degradation/digits-cifar/residual-56/seed-0`.
-      build: `build(depth, num_classes, dtype)` for a network of one's own; nothing that a file
-        names is ever imported or run.
-      which: `best` for the state at the lowest validation error, where a run has kept it.
+      build: `build(depth, num_classes, dtype)` for a custom network; nothing that a file names is
+        ever imported or run.
+      which: `best` for the state with the lowest validation error, if the run has kept it.
 
     Raises:
       InputError: `path` is not a run directory, has no good checkpoint, or needs `build`.
@@ -101,7 +101,7 @@ def restore(
 
 
 def _check_best(path: Path, best: Checkpoints) -> None:
-    """Refuse a best state of another run than the one whose checkpoints stand beside it."""
+    """Check that the best state belongs to the run whose checkpoints are next to it."""
 
     def read(latest: Checkpoints) -> str | None:
         if latest.step is None:
@@ -123,7 +123,7 @@ def _restore(checkpoints: Checkpoints, build: Build | None) -> Restored:
         shapes = jax.eval_shape(lambda x: model.init(jax.random.key(0), x, train=False), images)
     except InputError:
         raise
-    except Exception as error:  # a config of a stranger's may say anything of a network
+    except Exception as error:  # an untrusted config may describe any network
         raise InputError(f"its network cannot be built: {type(error).__name__}: {error}") from error
     like = {
         collection: jax.tree.map(
@@ -145,7 +145,7 @@ def _restore(checkpoints: Checkpoints, build: Build | None) -> Restored:
 
 
 def preprocess_of(config: dict[str, Any]) -> Preprocess:
-    """What a run's `config.json` says is done to images."""
+    """Return the preprocessing of images that a run's config describes."""
     stored = config["preprocess"]
     return Preprocess(
         image_shape=tuple(stored["image_shape"]),
@@ -161,7 +161,7 @@ def _why_nothing(path: Path, damage: list[str], which: Literal["latest", "best"]
         if damage:
             why = f"has lost its best state: {'; '.join(damage)}"
         elif measured:
-            why = "has lost its best state: there is none in best/"
+            why = "has lost its best state: best/ has no checkpoint"
         elif measured is None:
             return f"{path} has no best checkpoint: it was trained without --validation"
         else:
@@ -173,7 +173,7 @@ def _why_nothing(path: Path, damage: list[str], which: Literal["latest", "best"]
         return f"{path} has no checkpoint yet"
     runs = sorted(
         str(found.parent)
-        for pattern in ("seed-*", "*/seed-*")  # of one network, of a whole study
+        for pattern in ("seed-*", "*/seed-*")  # runs of one network, or of a whole study
         for found in path.glob(f"{pattern}/config.json")
     )
     if not runs:
@@ -183,7 +183,7 @@ def _why_nothing(path: Path, damage: list[str], which: Literal["latest", "best"]
 
 
 def _has_measured_validation(checkpoints: Checkpoints) -> bool | None:
-    """Whether an epoch of the run has a validation error; None for a run without validation."""
+    """Return whether the run has measured a validation error, or None if it has no validation."""
     if checkpoints.step is None:
         return False
     if any("validation_error" in row for row in read_rows(checkpoints)):

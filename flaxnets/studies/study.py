@@ -1,11 +1,11 @@
 """A study: a grid of runs (kind x depth x seed) in one directory, and its table of results.
 
-study.json                    what defines the study, and what it ran on
-summary.csv                   a row a run
+study.json                    the definition of the study, and its environments
+summary.csv                   one row per run
 <kind>-<depth>/seed-<seed>/   one run: config.json, metrics.csv, checkpoints/
 
-What a study is and has come to stands in the checkpoints, which are guarded by their manifests. The
-other files are for people to read; damaged, they are written anew.
+The checkpoints, which are guarded by their manifests, hold the definition and results of a study.
+The other files are for people to read and are rewritten if damaged.
 """
 
 import csv
@@ -55,8 +55,8 @@ SUMMARY: tuple[str, ...] = (
 
 @dataclass(frozen=True)
 class Run:
-    """One run of a study: its config, what it has come to, whether a checkpoint says so, and in
-    which environments it was trained."""
+    """One run of a study: its config and result, whether they are from a checkpoint, and the
+    environments in which it was trained."""
 
     config: dict[str, Any]
     result: RunResult
@@ -77,14 +77,16 @@ class Run:
 
     @property
     def key(self) -> tuple[str, int, int]:
-        """Kind, depth and seed: which run of the study it is."""
+        """Kind, depth and seed, which identify the run within its study."""
         return run_key(self.config)
 
 
 @dataclass(frozen=True)
 class Network:
-    """All seeds of one kind at one depth. Means and spreads are over the finished runs alone;
-    `status` says how many of how many that is."""
+    """All seeds of one kind at one depth.
+
+    Means and spreads are over the finished runs only; `status` has their number.
+    """
 
     kind: str
     depth: int
@@ -95,12 +97,12 @@ class Network:
         return [run for run in self.runs if run.result.status == "finished"]
 
     def mean(self, metric: str) -> float:
-        """Mean of a final metric, NaN without a finished run."""
+        """Return the mean of a final metric, NaN without a finished run."""
         values = [run.result.final(metric) for run in self.finished]
         return statistics.fmean(values) if values else math.nan
 
     def spread(self, metric: str) -> float:
-        """Sample standard deviation of a final metric, NaN with fewer than two finished runs."""
+        """Return the sample standard deviation of a final metric, NaN below two finished runs."""
         values = [run.result.final(metric) for run in self.finished]
         return statistics.stdev(values) if len(values) > 1 else math.nan
 
@@ -121,22 +123,22 @@ class Network:
 def check_study(
     out: Path, definition: dict[str, Any], configs: Iterable[dict[str, Any]]
 ) -> list[Run]:
-    """Read what `out` holds, and refuse it if that is another study, or has other runs, than these.
+    """Check that `out` holds no study but this one, without writing anything.
 
-    Nothing is written. A damaged study.json is no reason to refuse: the runs know better.
+    A damaged study.json is not refused, because the runs hold the same definition.
 
     Returns:
-      All runs in `out`, as `read_runs`.
+      All runs in `out`, as returned by `read_runs`.
 
     Raises:
-      InputError: with what differs and a free name.
+      InputError: it holds another study; the message lists the differences and a free name.
     """
     definition, *configs = json.loads(json.dumps([definition, *configs]))
     planned = {run_directory(out, *run_key(config)) for config in configs}
     with raise_on_all_processes():
         runs = read_runs(out, planned) if is_primary() else []
     if jax.process_count() > 1:
-        # One reads for all: a file that only some could read would set them apart.
+        # The primary process reads for all: some processes may be unable to read a file.
         text = json.dumps(
             [[run.config, vars(run.result), run.saved, run.environments] for run in runs]
         )
@@ -164,18 +166,17 @@ def check_study(
 def open_study(
     out: Path, definition: dict[str, Any], configs: Iterable[dict[str, Any]] = ()
 ) -> Iterator[list[Run]]:
-    """Make `out` the directory of this study, and this process the only one that writes to it.
+    """Open `out` as the directory of this study, with a lock against other writers.
 
-    The lock goes with the process, however it ends. Files that are damaged or that a crash left
-    behind the checkpoints are written anew. Several processes open it together; the primary one
-    locks and writes.
+    The lock ends with the process, even after a crash. Files that are damaged or older than the
+    checkpoints are rewritten. Several processes open it together; the primary one locks and writes.
 
     Yields:
-      All runs that are there.
+      All existing runs.
 
     Raises:
-      InputError: as `check_output_dir` and `check_study`, or another process is working on it.
-      StorageError: nothing can be written there.
+      InputError: as `check_output_dir` and `check_study`, or another process holds the lock.
+      StorageError: `out` cannot be written.
     """
     with ExitStack() as stack:
         with raise_on_all_processes():
@@ -198,10 +199,10 @@ def open_study(
 
 
 def read_runs(out: Path, planned: Container[Path] = ()) -> list[Run]:
-    """Every run in a study directory, in the order of kind, depth and seed.
+    """Read every run in a study directory, in the order of kind, depth and seed.
 
-    Each is read from its newest good checkpoint; damage is warned of. A directory that does not
-    hold the run that its name says is warned of and left out.
+    Each run is read from its newest good checkpoint, with a warning if newer ones are damaged. A
+    directory that does not hold the run it is named after is left out, with a warning.
 
     Raises:
       InputError: such a directory is one of the `planned` ones.
@@ -221,8 +222,8 @@ def read_runs(out: Path, planned: Container[Path] = ()) -> list[Run]:
 
 
 def _read_run(out: Path, directory: Path, checkpoints: Checkpoints) -> Run | None:
-    """The run in `directory`; None where nothing has come of it yet."""
-    checkpoints.warn_of_damage("the run starts anew")
+    """Read the run in `directory`; None without a checkpoint or valid config."""
+    checkpoints.warn_of_damage("the run restarts from scratch")
     saved = checkpoints.step is not None
     result = RunResult("unfinished", [], 0, 0.0, None)
     if saved:
@@ -233,11 +234,11 @@ def _read_run(out: Path, directory: Path, checkpoints: Checkpoints) -> Run | Non
     try:
         check_config(config)
         if run_directory(out, *run_key(config)) != directory:
-            raise InputError(f"it is the run {' '.join(map(str, run_key(config)))}")
+            raise InputError(f"it holds the run {' '.join(map(str, run_key(config)))}")
     except InputError as error:
         if saved:
             raise
-        # A run that has nothing to lose yet, whoever's config that is.
+        # Without a checkpoint there is nothing to lose, so a warning is enough.
         warnings.warn(f"{directory} is left out: {error}", DamageWarning, stacklevel=2)
         return None
     environments = checkpoints.read_environments() if saved else []
@@ -245,13 +246,13 @@ def _read_run(out: Path, directory: Path, checkpoints: Checkpoints) -> Run | Non
 
 
 def sort_runs(runs: Iterable[Run]) -> list[Run]:
-    """In the order of kind (plain, residual, others), depth and seed."""
+    """Sort runs by kind (plain, residual, others), depth and seed."""
     first = {"plain": 0, "residual": 1}
     return sorted(runs, key=lambda run: (first.get(run.kind, 2), *run.key))
 
 
 def group_runs(runs: Iterable[Run]) -> list[Network]:
-    """Runs of one kind and depth together, in their order."""
+    """Group runs of one kind and depth, keeping their order."""
     groups: dict[tuple[str, int], list[Run]] = {}
     for run in runs:
         groups.setdefault((run.kind, run.depth), []).append(run)
@@ -259,8 +260,11 @@ def group_runs(runs: Iterable[Run]) -> list[Network]:
 
 
 def curves(networks: Sequence[Network]) -> dict[str, list[Network]]:
-    """Networks that differ in depth alone. A study of the ImageNet family may mix two-convolution
-    blocks and bottlenecks; those are not one curve."""
+    """Group networks that differ only in depth.
+
+    A study of the ImageNet family may mix two-convolution blocks and bottlenecks, which get
+    separate curves.
+    """
     mixed = len({network.runs[0].config["block"] for network in networks} - {None}) > 1
     groups: dict[str, list[Network]] = {}
     for network in networks:
@@ -271,7 +275,7 @@ def curves(networks: Sequence[Network]) -> dict[str, list[Network]]:
 
 
 def write_summary(out: Path, runs: Iterable[Run]) -> None:
-    """`summary.csv`: a row a run; numbers are those at the end of the run, empty until then."""
+    """Write `summary.csv`, one row per run; final metrics are empty until the run ends."""
     if not is_primary():
         return
     text = io.StringIO()

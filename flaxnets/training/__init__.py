@@ -1,4 +1,4 @@
-"""Recipes, train state, train and evaluation steps, the loop of one run, checkpoints."""
+"""Recipes, train state, train and evaluation steps, training loop and checkpoints."""
 
 from flaxnets.training.checkpoints import Checkpoints
 from flaxnets.training.loop import CheckpointEvery, Progress, RunResult, TrainSetup, train_run

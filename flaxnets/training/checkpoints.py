@@ -1,10 +1,10 @@
-"""Checkpoints of one run, through Orbax.
+"""Checkpoints of one run, written with Orbax.
 
-A checkpoint is a directory named by its step. It holds everything a run consists of: `variables`
+A checkpoint is a directory named after its step. It holds the complete state of a run: `variables`
 (params, batch_stats), `training` (optimizer state, step, key, running metrics) and, as JSON,
-`progress`, the run's record so far, `config`, a copy of its config.json, and `trained_in`, the
-environments of its steps. Its manifest is written last: a directory without one is no checkpoint,
-and one that differs from it is damaged.
+`progress` (the run's record so far), `config` (a copy of its config.json) and `trained_in` (the
+environments of its steps). The manifest is written last: a directory without one is not a
+checkpoint, and one that does not match its manifest is damaged.
 """
 
 import json
@@ -32,24 +32,24 @@ from flaxnets.training.steps import TrainState
 
 KEPT = 2
 REPLACED = ".replaced"
-OVERHEAD = 300_000  # bytes of a checkpoint beside its arrays, about
-# Operations of several checkpointers in one process, each of another run, disturb one another.
+OVERHEAD = 300_000  # approximate bytes of a checkpoint besides its arrays
+# Serialises Orbax operations: checkpointers of different runs in one process interfere.
 ORBAX_AT_WORK = threading.Lock()
-# A reader looks again, so often and after so many seconds, before it says that something is
-# damaged: a run that is being trained completes and removes checkpoints at any moment.
+# A reader retries before it reports damage, because a run in training adds and removes checkpoints
+# at any moment.
 LOOKS, AGREEING_LOOKS, SECONDS_BETWEEN_LOOKS = 20, 3, 0.05
 
 Found = TypeVar("Found")
 
 
 class Checkpoints:
-    """The checkpoints below a run directory: written in the background, the latest `kept` kept.
+    """Checkpoints of a run, written in the background; the latest `kept` are kept.
+
+    With several processes, all of them must construct and call it together, unless it is read-only.
 
     Attributes:
-      step: of the newest good checkpoint, or None.
-      damage: what is wrong with each newer one, in words.
-
-    With several processes, all of them make and call it together, unless it is read only.
+      step: step of the newest good checkpoint, or None.
+      damage: description of the damage of each newer checkpoint.
     """
 
     def __init__(
@@ -78,7 +78,7 @@ class Checkpoints:
                 self.step, self.damage = self._find_newest()
                 self._clean_up()
             self._handle = os.open(self.directory, os.O_RDONLY)
-        # All processes go on from the same one.
+        # All processes resume from the same checkpoint.
         step = process_max(-1 if self.step is None else self.step)
         self.step = None if step < 0 else step
 
@@ -92,21 +92,21 @@ class Checkpoints:
         except Exception:
             if kind is None:
                 raise
-            # What was raised first says more than what follows from it in Orbax.
+            # Keep the original exception: Orbax's error only follows from it.
         if self._handle is not None:
             os.close(self._handle)
             if kind is not None and is_primary():
-                self._remove_unfinished()  # they take up space
+                self._remove_unfinished()  # to free disk space
                 self._recover()
 
     def warn_of_damage(self, otherwise: str) -> None:
-        """Say which checkpoints are damaged, and that an older one or `otherwise` takes over."""
+        """Warn of each damaged checkpoint; `otherwise` says what happens without an older one."""
         instead = otherwise if self.step is None else f"checkpoint {self.step} is used"
         for damage in self.damage:
             warnings.warn(f"{damage}; {instead}", DamageWarning, stacklevel=3)
 
     def set_aside(self, reason: str) -> None:
-        """Rename the newest good checkpoint, which is not this run's, and warn with the reason."""
+        """Rename the newest good checkpoint, which belongs to another run, and warn of it."""
         path = self.directory / str(self.step)
         if is_primary():
             set_aside(path, "other")
@@ -123,7 +123,7 @@ class Checkpoints:
         """Copy the state and write it in the background; `wait` or the next `save` waits for it.
 
         Raises:
-          StorageError: this one, or the one before, cannot be written.
+          StorageError: this checkpoint or the previous one cannot be written.
         """
         step = int(state.step)
         state = unstack_blocks(state)
@@ -139,9 +139,9 @@ class Checkpoints:
         ORBAX_AT_WORK.acquire()
         try:
             with self._storage_errors(path, size):
-                if self._is_gone():  # Orbax would make it anew
+                if self._is_gone():  # Orbax would recreate it
                     raise FileNotFoundError
-                # Stopped before its epoch was measured, and gone on from there: it has grown.
+                # A run stopped before its epoch was evaluated saves the same step again.
                 if is_primary() and path.exists():
                     path.rename(path.with_name(f"{step}{REPLACED}"))
                 self._checkpointer.save(
@@ -166,20 +166,20 @@ class Checkpoints:
             ORBAX_AT_WORK.release()
 
     def _complete(self, path: Path, size: int) -> None:
-        """Once Orbax has written `path`, make it a checkpoint and remove what it replaces."""
+        """Wait for Orbax, write the manifest and remove the checkpoints that `path` replaces."""
         try:
             with self._storage_errors(path, size):
                 self._checkpointer.wait_until_finished()
                 if is_primary():
                     write_manifest(path)
                     self._recover()
-                    # The one just written stays, even where an older file has a higher step.
+                    # Keep the checkpoint just written, even if an older one has a higher step.
                     others = [step for step in self._steps() if step != int(path.name)]
                     for step in others[: max(0, len(others) + 1 - self._kept)]:
                         _remove(self.directory / str(step))
         except Exception:
             if is_primary() and find_damage(path):
-                shutil.rmtree(path, ignore_errors=True)  # it takes up space
+                shutil.rmtree(path, ignore_errors=True)  # to free disk space
             raise
 
     @contextmanager
@@ -190,14 +190,14 @@ class Checkpoints:
         except Exception as error:
             if not self._is_gone():
                 raise
-            # Whatever Orbax has made of it, and of the path, since.
+            # Report the missing directory, whatever Orbax raised because of it.
             raise StorageError(
-                f"{path} cannot be written: {self.directory} is gone; the same command starts "
-                "this run anew"
+                f"{path} cannot be written: {self.directory} is gone; rerun the same command "
+                "to restart this run"
             ) from error
 
     def _is_gone(self) -> bool:
-        """Whether the directory is no longer the one that was opened."""
+        """Return whether the directory has been removed or replaced since it was opened."""
         if self._handle is None:
             return False
         if not self.directory.is_dir():
@@ -205,25 +205,25 @@ class Checkpoints:
         return not os.path.samestat(os.fstat(self._handle), self.directory.stat())
 
     def check(self) -> None:
-        """Raise what has gone wrong in the background, if anything has yet."""
+        """Raise the error of the background save, if it has failed."""
         if self._saving is not None and self._saving.done():
             self._saving.result()
 
     def wait(self) -> None:
-        """Return once everything saved is on disk.
+        """Block until the last save is on disk.
 
         Raises:
-          StorageError: it cannot be written.
+          StorageError: the checkpoint cannot be written.
         """
         if self._saving is not None:
             self._saving.result()
 
     def is_still_good(self) -> bool:
-        """Whether the newest good checkpoint is one yet."""
+        """Return whether the newest good checkpoint is still intact."""
         return self.step is not None and self._find_damage(self.step) is None
 
     def restore(self, like: TrainState) -> TrainState:
-        """The newest good state, on the devices and of the shapes of `like`."""
+        """Restore the newest good state, with the shapes and on the devices of `like`."""
         one_by_one = unstack_blocks(like)
         abstract = jax.tree.map(ocp.utils.to_shape_dtype_struct, one_by_one)
         training = {
@@ -240,20 +240,22 @@ class Checkpoints:
         return state if one_by_one is like else stack_blocks(state)
 
     def restore_variables(self, like: dict[str, Any]) -> dict[str, Any]:
-        """The newest good `params` and `batch_stats`, on the devices of `like`."""
+        """Restore the newest good `params` and `batch_stats`, on the devices of `like`."""
         return self._restore(variables=ocp.args.StandardRestore(like)).variables
 
     def read_progress(self) -> Any:
-        """The newest good checkpoint's record of the run."""
+        """Read the run's record from the newest good checkpoint."""
         return self._read_json("progress", self.step)
 
     def read_config(self) -> Any:
-        """The newest good checkpoint's copy of config.json."""
+        """Read the copy of config.json in the newest good checkpoint."""
         return self._read_json("config", self.step)
 
     def read_environments(self) -> list[dict[str, Any]]:
-        """Those in which the steps of the newest good checkpoint were trained, in their order; none
-        of a checkpoint from before they were recorded."""
+        """Read the environments in which the newest good checkpoint was trained, in order.
+
+        Checkpoints from before environments were recorded have none.
+        """
         if not (self.directory / str(self.step) / "trained_in").exists():
             return []
         stored = self._read_json("trained_in", self.step)
@@ -263,7 +265,7 @@ class Checkpoints:
         return environments
 
     def _read_json(self, item: str, step: int | None) -> Any:
-        # Orbax's own reading of them waits for all processes.
+        # Orbax's own JSON restore waits for all processes.
         path = self.directory / str(step) / item / "metadata"
         try:
             return json.loads(path.read_text(encoding="utf-8"))
@@ -275,14 +277,16 @@ class Checkpoints:
         try:
             with ORBAX_AT_WORK:
                 return self._checkpointer.restore(path, args=ocp.args.Composite(**items))
-        except Exception as error:  # Orbax has no one error for files that are not as expected
-            # Its text may list every array of the network.
+        except Exception as error:  # Orbax raises many kinds of error for unexpected files
+            # Orbax's message may list every array of the network.
             reason = (str(error).splitlines() or [""])[0][:300]
             raise InputError(f"{path} cannot be read: {type(error).__name__}: {reason}") from error
 
     def _find_newest_at_rest(self) -> tuple[int | None, list[str]]:
-        """As `_find_newest`, but believed only after `AGREEING_LOOKS` where something is damaged or
-        nothing is there: a directory that changes while it is listed may seem empty."""
+        """Call `_find_newest` until `AGREEING_LOOKS` calls agree that there is damage or nothing.
+
+        A directory that changes while it is listed may look empty.
+        """
         found, agreeing = self._find_newest(), 1
         for _ in range(LOOKS):
             good = found[0] is not None and not found[1]
@@ -297,7 +301,7 @@ class Checkpoints:
         return found
 
     def _find_newest(self) -> tuple[int | None, list[str]]:
-        """The newest good step and what is wrong with newer ones."""
+        """Return the newest good step and a description of the damage of newer ones."""
         damage = []
         try:
             for step in reversed(self._steps()):
@@ -326,16 +330,16 @@ class Checkpoints:
         recorded = progress.get("step") if isinstance(progress, dict) else None
         if type(recorded) is not int or recorded < 0 or recorded == step:
             return None
-        return f"it is that of step {recorded}"
+        return f"it holds step {recorded}"
 
     def _steps(self) -> list[int]:
-        """The steps of all checkpoints, good or not, in order."""
+        """List the steps of all checkpoints, good or damaged, in ascending order."""
         if not self.directory.is_dir():
             return []
         return sorted(int(path.name) for path in self.directory.iterdir() if _is_checkpoint(path))
 
     def _recover(self) -> None:
-        """Settle which one counts where a checkpoint was being replaced by another of its step."""
+        """Finish or undo the replacement of a checkpoint by another of the same step."""
         for replaced in self.directory.glob(f"*{REPLACED}"):
             path = replaced.with_name(replaced.name.removesuffix(REPLACED))
             if find_damage(path) is None:
@@ -345,8 +349,10 @@ class Checkpoints:
                 replaced.rename(path)
 
     def _clean_up(self) -> None:
-        """Remove what a crash left and set aside what is damaged: the run is about to write these
-        steps again."""
+        """Remove leftovers of a crash and set damaged checkpoints aside.
+
+        The run is about to write these steps again.
+        """
         self._remove_unfinished()
         for step in self._steps():
             if self.step is not None and step <= self.step:
@@ -386,11 +392,10 @@ def comparable(config: Any) -> Any:
 def read_newest(
     run_directory: Path, read: Callable[[Checkpoints], Found], name: str = "checkpoints"
 ) -> Found:
-    """What `read` makes of the newest good checkpoint; again, if a run that is being trained has
-    removed that one meanwhile.
+    """Return `read(checkpoints)`, retrying if a run in training removes the checkpoint meanwhile.
 
     Raises:
-      InputError: as `read`.
+      InputError: raised by `read`.
     """
     while True:
         with Checkpoints(run_directory, read_only=True, name=name) as checkpoints:
@@ -402,16 +407,17 @@ def read_newest(
 
 
 def _is_checkpoint(path: Path) -> bool:
-    """Whether it is named by a step and by the look of it a checkpoint, good or not."""
+    """Return whether `path` is named after a step and looks like a checkpoint, good or damaged."""
     if not re.fullmatch(r"0|[1-9][0-9]{0,17}", path.name) or path.is_symlink() or not path.is_dir():
         return False
     try:
         names = {child.name for child in path.iterdir()}
-    except FileNotFoundError:  # removed in this moment
+    except FileNotFoundError:  # removed meanwhile
         return False
     return not names or bool(names & {MANIFEST, "_CHECKPOINT_METADATA", "variables", "training"})
 
 
 def _remove(path: Path) -> None:
-    (path / MANIFEST).unlink(missing_ok=True)  # first: a checkpoint half removed is none
+    # The manifest goes first, so that a half-removed checkpoint does not count.
+    (path / MANIFEST).unlink(missing_ok=True)
     shutil.rmtree(path)

@@ -1,4 +1,4 @@
-"""How long runs will take on this machine, from a few measured steps of small networks."""
+"""Estimates of how long runs take on this machine, from a few measured steps."""
 
 import time
 from collections.abc import Sequence
@@ -13,7 +13,7 @@ from flaxnets.training.loop import TrainSetup
 from flaxnets.training.recipes import Recipe
 from flaxnets.training.steps import create_state
 
-# Evaluation is compiled as well: a forward pass, about a third of a train step.
+# Compiling evaluation, a forward pass, adds about a third to compiling the train step.
 EVALUATION_TOO = 4 / 3
 
 
@@ -21,10 +21,10 @@ class Probe(NamedTuple):
     """A network whose speed was measured.
 
     Attributes:
-      depth: its weighted layers, which compilation takes time in proportion to.
-      work: multiply-adds and the like of a step for one image, see `flaxnets.models.cost`.
+      depth: number of weighted layers; compilation time is proportional to it.
+      work: cost of a train step for one image, see `flaxnets.models.cost`.
       first_step: seconds until the first train step is done, compilation included.
-      step: seconds of each later one.
+      step: seconds of each later train step.
     """
 
     depth: int
@@ -52,9 +52,10 @@ def measure(
 
 
 def estimate_seconds(probes: Sequence[Probe], depth: int, work: float, steps: float) -> float:
-    """Seconds to compile a network and train it for so many `steps`.
+    """Estimate the seconds to compile a network and train it for `steps` steps.
 
-    On the line through the first and the last of the probes; of a single one, in proportion.
+    The estimate lies on the line through the first and the last probe. A single probe is scaled in
+    proportion.
     """
     first, last = probes[0], probes[-1]
     compilation = EVALUATION_TOO * _extrapolate(
@@ -69,5 +70,5 @@ def _extrapolate(first: tuple[float, float], last: tuple[float, float], x: float
     (x0, y0), (x1, y1) = first, last
     if x1 == x0:
         return y0 * x / x0
-    slope = max(0.0, (y1 - y0) / (x1 - x0))  # noise may turn it round
+    slope = max(0.0, (y1 - y0) / (x1 - x0))  # noise may make it negative
     return max(y0, y0 + slope * (x - x0)) if x >= x0 else y0

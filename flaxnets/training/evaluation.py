@@ -1,4 +1,4 @@
-"""How good a trained network is: its logits on a split, and the measures made from them."""
+"""Evaluation of trained networks: logits on a split, and the measures computed from them."""
 
 from dataclasses import dataclass
 from functools import partial
@@ -21,17 +21,18 @@ class Evaluation:
     """Measures over all images of a split, each counted once.
 
     Attributes:
-      count: images.
+      count: number of images.
       loss: mean cross-entropy.
       top1_error: percent of the images whose largest logit is not the label's.
-      top5_error: percent whose label's logit is not among the five largest; None where there are
-        five classes or fewer.
-      class_counts: int `(classes,)`, images of each class.
-      class_accuracy: float `(classes,)`, percent of them that are classified as such; NaN for a
-        class without images.
-      confusion: int `(classes, classes)`, images of each class (row) that are taken for each class
-        (column); None of more than `MOST_CONFUSED` classes, for which it would fill the memory.
-      undecided: images with NaN logits. They count as errors and are in no column of `confusion`.
+      top5_error: percent whose label's logit is not among the five largest; None with five
+        classes or fewer.
+      class_counts: int `(classes,)`, number of images of each class.
+      class_accuracy: float `(classes,)`, percent of each class's images that are classified
+        correctly; NaN for a class without images.
+      confusion: int `(classes, classes)`, number of images of each class (row) predicted as each
+        class (column); None for more than `MOST_CONFUSED` classes, as it would fill the memory.
+      undecided: number of images with NaN logits. They count as errors and are in no column of
+        `confusion`.
     """
 
     count: int
@@ -45,20 +46,20 @@ class Evaluation:
 
 
 def evaluate_logits(logits: np.ndarray, labels: np.ndarray) -> Evaluation:
-    """Measure logits `(n, classes)` of images whose labels are int `(n,)`.
+    """Compute the measures from logits `(n, classes)` and int labels `(n,)`.
 
-    Of equal logits, the first one counts as the larger.
+    Among equal logits, the first one counts as the largest.
 
     Raises:
-      ValueError: there are no images, or their shapes or labels do not fit.
+      ValueError: there are no images, the shapes do not match or a label is out of range.
     """
     logits, labels = np.asarray(logits), np.asarray(labels)
     if logits.ndim != 2 or labels.shape != logits.shape[:1] or not logits.size:
-        raise ValueError(f"logits {logits.shape} and labels {labels.shape} do not fit")
+        raise ValueError(f"logits {logits.shape} and labels {labels.shape} do not match")
     count, classes = logits.shape
     if labels.min() < 0 or labels.max() >= classes:
         found = f"{labels.min()} to {labels.max()}"
-        raise ValueError(f"labels are from 0 to {classes - 1}, not from {found}")
+        raise ValueError(f"labels must be from 0 to {classes - 1}, not from {found}")
     decided = ~np.isnan(logits).any(axis=1)
     rank = np.where(decided, _rank(logits, labels), classes)
     confusion = None
@@ -82,15 +83,17 @@ def evaluate_logits(logits: np.ndarray, labels: np.ndarray) -> Evaluation:
 
 
 def _rank(logits: np.ndarray, labels: np.ndarray) -> np.ndarray:
-    """How many classes come before the label's when they are sorted by their logits, `(n,)`."""
+    """Return the number of classes ranked above the label's by their logits, int `(n,)`."""
     own = np.take_along_axis(logits, labels[:, None], axis=1)
     earlier = np.arange(logits.shape[1]) < labels[:, None]
     return ((logits > own) | ((logits == own) & earlier)).sum(axis=1)
 
 
 def compute_probabilities(logits: np.ndarray) -> np.ndarray:
-    """The softmax of logits `(n, classes)`, in float64, which tells confident ones apart; NaN where
-    logits are."""
+    """Compute the softmax of logits `(n, classes)`; NaN where logits are NaN.
+
+    Float64 keeps the probabilities of confident predictions apart.
+    """
     logits = np.asarray(logits, np.float64)
     with np.errstate(invalid="ignore"):
         exponentials = np.exp(logits - logits.max(axis=1, keepdims=True))
@@ -98,10 +101,10 @@ def compute_probabilities(logits: np.ndarray) -> np.ndarray:
 
 
 def most_confidently_wrong(logits: np.ndarray, labels: np.ndarray, count: int) -> np.ndarray:
-    """Indices of misclassified images, at most `count`, the greatest probability of a wrong class
-    first.
+    """Return indices of at most `count` misclassified images, by decreasing probability of the
+    predicted class.
 
-    Images with NaN logits are left out: nothing can be said of what they are taken for.
+    Images with NaN logits are left out, because they have no prediction.
 
     Args:
       logits: `(n, classes)`.
@@ -114,8 +117,10 @@ def most_confidently_wrong(logits: np.ndarray, labels: np.ndarray, count: int) -
 
 
 def evaluation_fraction(config: dict[str, Any]) -> float:
-    """Share of a picture's shorter side that the network of a run was evaluated on in training,
-    going by the run's config: 224 of 256 where it was trained on crops of streamed pictures."""
+    """Return the share of a picture's shorter side that a run was evaluated on in training.
+
+    The run's config decides: 224 of 256 if it was trained on crops of streamed pictures.
+    """
     dataset, recipe = config.get("dataset"), config.get("recipe")
     streamed = isinstance(dataset, dict) and dataset.get("streamed") is True
     augment = recipe.get("augment") if isinstance(recipe, dict) else None
@@ -124,8 +129,11 @@ def evaluation_fraction(config: dict[str, Any]) -> float:
 
 
 def evaluation_batch(image_shape: tuple[int, int, int]) -> int:
-    """Images of that height, width and channels to evaluate at a time: 256, or as many as have the
-    pixels of 256 of 96x96, because maps of large images take much memory."""
+    """Return the evaluation batch size for images `(height, width, channels)`.
+
+    It is 256, or less for images larger than 96x96, so that a batch has no more pixels than 256 of
+    those: feature maps of large images take much memory.
+    """
     height, width, _ = image_shape
     return int(np.clip(256 * 96 * 96 // (height * width), 1, 256))
 
@@ -137,15 +145,17 @@ def compute_logits(
     images: np.ndarray,
     batch_size: int,
 ) -> np.ndarray:
-    """The network's output in evaluation mode for one image or more, batch by batch, each split
-    over all devices.
+    """Compute the logits of one or more images in evaluation mode.
+
+    Images are processed in batches, each split over all devices.
 
     Args:
       model: a Linen module for classification.
       variables: its `params` and `batch_stats`.
-      preprocess: makes the network's input of `images`.
+      preprocess: converts `images` to the network's input.
       images: uint8 `(n, height, width, channels)`.
-      batch_size: over all devices; made to divide by them, and no greater than needed.
+      batch_size: images per batch over all devices, rounded up to a multiple of their number and
+        no larger than needed.
 
     Returns:
       float32 `(n, classes)`.
@@ -165,6 +175,6 @@ def compute_logits(
         padding = ((0, batch_size - len(batch)), (0, 0), (0, 0), (0, 0))
         batch = jax.device_put(np.pad(batch, padding), split_batch(mesh))
         logits.append(apply(variables, batch))
-        # Two batches at a time: waiting for each would leave the device idle.
+        # Keep two batches in flight: waiting for each one would leave the device idle.
         jax.block_until_ready(logits[-2:-1])
     return np.concatenate(jax.device_get(logits))[: len(images)]

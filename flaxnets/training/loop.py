@@ -1,4 +1,4 @@
-"""One run: one network trained once from one seed, in a directory of its own."""
+"""The training loop of a run: one network trained from one seed, in its own directory."""
 
 import csv
 import io
@@ -42,7 +42,7 @@ Status = Literal["finished", "diverged", "unfinished"]
 
 
 def metrics_of(splits: Iterable[str]) -> tuple[str, ...]:
-    """The columns of `metrics.csv` where these splits are evaluated every epoch."""
+    """Return the columns of `metrics.csv` if these splits are evaluated every epoch."""
     return (
         *("epoch", "step", "learning_rate", "running_train_loss", "running_train_error"),
         *(f"{split}_{metric}" for split in splits for metric in ("loss", "error")),
@@ -50,44 +50,46 @@ def metrics_of(splits: Iterable[str]) -> tuple[str, ...]:
     )
 
 
-METRICS = metrics_of(("train", "test"))  # of a study
+METRICS = metrics_of(("train", "test"))  # columns for the runs of a study
 
 EVAL_BATCH = 256
-# Steps handed to the device ahead of the host: enough to keep it busy, few enough to stop quickly.
+# Steps in flight on the device: enough to keep it busy, few enough to stop quickly.
 IN_FLIGHT = 2
 STEPS_BETWEEN_AGREEMENTS = 10
 
 
 @dataclass(frozen=True)
 class CheckpointEvery:
-    """How often a run is saved: every so many `seconds`, or `steps` where that is given."""
+    """Interval between checkpoints: `steps` if given, otherwise `seconds`."""
 
     seconds: float = 60.0
     steps: int | None = None
 
     def due(self, step: int, seconds: float) -> bool:
-        """Whether to save at `step`, `seconds` after the last time. All processes say the same."""
+        """Return whether to save at `step`, `seconds` after the last save; all processes agree."""
         if self.steps is not None:
             return step % self.steps == 0
         if jax.process_count() == 1:
             return seconds > self.seconds
-        # Clocks differ, and asking the others takes time.
+        # Clocks differ between processes, and agreeing takes time.
         return step % STEPS_BETWEEN_AGREEMENTS == 0 and bool(process_max(seconds > self.seconds))
 
 
 @dataclass(frozen=True)
 class TrainSetup:
-    """What all seeds of one network share: the data and the compiled steps.
+    """Data and compiled steps, which all seeds of one network share.
 
     Attributes:
-      schedule: learning rate of each update; `plateau`, where there is one, lowers it.
-      image_shape: height, width and channels of what the network gets.
-      feed: `feed(key, step)` gives, for each step from `step` on, what `train_step` takes after the
-        state; `key` is that of the run.
+      schedule: learning rate of each update, before `plateau` lowers it.
+      image_shape: height, width and channels of the network's input.
+      feed: `feed(key, step)` yields, for each step from `step` on, the arguments of `train_step`
+        after the state; `key` is the run's.
       train_step: `train_step(state, *fed) -> (state, loss)`.
-      splits: name -> `evaluate(variables, stop) -> (loss, error)`, or None if `stop()` became true;
-        these are evaluated after every epoch. One called `validation` decides which epoch was best.
-      patience: the run ends after so many epochs without a lower validation error; None: never.
+      splits: splits evaluated after every epoch: name -> `evaluate(variables, stop)`, which returns
+        `(loss, error)`, or None if `stop()` became true. A split called `validation` decides which
+        epoch is the best.
+      patience: number of epochs without a lower validation error after which the run ends; None
+        for no such limit.
     """
 
     model: nn.Module
@@ -119,12 +121,12 @@ class TrainSetup:
         """Put `dataset` on the devices of `mesh` and make the steps that train `model` on it.
 
         Args:
-          splits: to evaluate; train and test unless given.
-          optimizer: the recipe's unless given.
+          splits: splits to evaluate; train and test by default.
+          optimizer: defaults to the recipe's.
           frozen: see `make_train_step`.
 
         Raises:
-          InputError: all training images are of one class, or the same.
+          InputError: all training images have the same label, or are identical.
         """
         refuse_nothing_to_learn(dataset.name, dataset.train)
         shared = _shared(
@@ -175,14 +177,14 @@ class TrainSetup:
         patience: int | None = None,
         skip_unreadable: bool = False,
     ) -> "TrainSetup":
-        """The same for pictures that are read anew each time.
+        """Make the steps that train `model` on pictures streamed from storage; see `create`.
 
         Args:
           train, splits: sources of encoded pictures, see `flaxnets.data.stream`.
-          seed: of order, crops and mirror images.
-          workers: processes that read for training; 0 for threads of this one.
-          skip_unreadable: in training, replace pictures that cannot be read; in evaluation, leave
-            them out; warn of each once. Otherwise the first of them is an `InputError`.
+          seed: seed of the order, crops and flips.
+          workers: number of processes that read training pictures; 0 for threads of this process.
+          skip_unreadable: whether to replace unreadable pictures in training and leave them out of
+            evaluation, with one warning each. Otherwise the first one raises an `InputError`.
         """
         shared = _shared(model, depth, recipe, len(train), preprocess, mesh, optimizer)
         crops = recipe.augmentation(Augmentation(), preprocess.image_shape[0])
@@ -209,7 +211,7 @@ class TrainSetup:
 
         def evaluation(source: Any) -> Callable:
             def evaluate_source(variables: dict, stop: Callable[[], bool]):
-                # By threads: processes would take seconds to start, each time.
+                # Read with threads: processes would take seconds to start for each evaluation.
                 batches: Any = eval_batches(
                     source,
                     size,
@@ -243,7 +245,7 @@ class TrainSetup:
 
     @property
     def columns(self) -> tuple[str, ...]:
-        """Of `metrics.csv`."""
+        """Columns of `metrics.csv`."""
         return metrics_of(self.splits)
 
 
@@ -256,7 +258,7 @@ def _shared(
     mesh: Mesh,
     optimizer: optax.GradientTransformation | None,
 ) -> dict[str, Any]:
-    """What a `TrainSetup` has wherever its data are."""
+    """Return the fields of a `TrainSetup` that do not depend on where its data are."""
     total_steps = recipe.total_steps(examples)
     return {
         "model": model,
@@ -273,8 +275,8 @@ def _shared(
 def feed_from_memory(
     train: Split, steps_per_epoch: int, key: jax.Array, step: int
 ) -> Iterator[tuple[Split, jax.Array]]:
-    """The training split, on the devices, and the order of each step's epoch."""
-    key = jax.random.clone(key)  # that of the state is donated with it
+    """Yield, for each step, the training split on the devices and the order of its epoch."""
+    key = jax.random.clone(key)  # the state's key is donated with the state
     while True:
         order = epoch_order(key, step // steps_per_epoch, len(train.labels))
         for _ in range(steps_per_epoch - step % steps_per_epoch):
@@ -283,12 +285,12 @@ def feed_from_memory(
 
 
 def eval_batch(mesh: Mesh) -> int:
-    """Images that are evaluated at a time."""
+    """Return the batch size for evaluation, a multiple of the number of devices."""
     return -(-EVAL_BATCH // mesh.size) * mesh.size
 
 
 class Progress(NamedTuple):
-    """Where a run is: `rows` are its finished epochs, keyed by `METRICS`."""
+    """Progress of a run; `rows` has one entry per finished epoch, keyed by `METRICS`."""
 
     step: int
     seconds: float
@@ -297,7 +299,7 @@ class Progress(NamedTuple):
 
 @dataclass(frozen=True)
 class RunResult:
-    """What a run has come to. `rows` has an epoch each, keyed by `METRICS`."""
+    """Outcome of a run; `rows` has one entry per finished epoch, keyed by `METRICS`."""
 
     status: Status
     rows: list[dict[str, Any]]
@@ -307,10 +309,10 @@ class RunResult:
 
     @classmethod
     def from_json(cls, value: Any, columns: Sequence[str] = METRICS) -> "RunResult":
-        """What a checkpoint has stored, with these `columns` in its rows.
+        """Validate and convert the record in a checkpoint, whose rows have these `columns`.
 
         Raises:
-          InputError: it is not the record of a run.
+          InputError: `value` is not the record of a run.
         """
         number = (int, float)
         expected = {
@@ -336,14 +338,14 @@ class RunResult:
         return cls(**value)
 
     def final(self, metric: str) -> float:
-        """The metric at the end of the run; NaN for a run that has not got there."""
+        """Return the metric at the end of the run; NaN if the run has not ended."""
         return self.rows[-1][metric] if self.rows and self.status != "unfinished" else float("nan")
 
 
 def write_metrics(
     directory: Path, rows: list[dict[str, Any]], columns: Sequence[str] = METRICS
 ) -> None:
-    """`metrics.csv` in a run directory: a row an epoch, floats in full."""
+    """Write `metrics.csv` to a run directory: one row per epoch, floats in full precision."""
     if not is_primary():
         return
     text = io.StringIO()
@@ -354,7 +356,7 @@ def write_metrics(
 
 
 def best_epoch(rows: list[dict[str, Any]]) -> int | None:
-    """Index of the first row with the lowest validation error; NaN never counts."""
+    """Return the index of the first finite row with the lowest validation error, or None."""
     errors = [row.get("validation_error", math.nan) for row in rows]
     losses = [row.get("validation_loss", math.nan) for row in rows]
     finite = [i for i in range(len(rows)) if math.isfinite(errors[i]) and math.isfinite(losses[i])]
@@ -372,27 +374,27 @@ def train_run(
     begin: Callable[[TrainState], TrainState] = lambda state: state,
     on_epoch: Callable[[TrainState, dict[str, Any]], None] | None = None,
 ) -> RunResult:
-    """Train from `seed`, or from where `directory` left off, to the end of the recipe.
+    """Train from `seed`, or resume from `directory`, until the end of the recipe.
 
     Writes `metrics.csv` and `checkpoints/` below `directory`; each checkpoint has a copy of
-    `config`. With a split called `validation`, the state at its lowest error is kept in `best/`.
-    Damaged checkpoints are warned of and replaced. A loss or gradient that is not finite ends the
-    run, when its epoch is measured, as `diverged`; `stop()` becoming true ends it, saved, as
-    `unfinished`. With several processes, all of them call this together.
+    `config`. With a split called `validation`, the state with the lowest validation error is kept
+    in `best/`. Damaged checkpoints are replaced, with a warning. A non-finite loss or gradient ends
+    the run as `diverged` at the end of its epoch. Once `stop()` is true, the run is saved and ends
+    as `unfinished`. With several processes, all of them must call this together.
 
     Args:
-      begin: what is done to the very first state, such as taking weights from elsewhere.
+      begin: transforms the initial state, for example to load pretrained weights.
       on_epoch: called with the state at the end of each epoch and the epoch's row.
 
     Raises:
-      InputError: `directory` holds another run than `config` says, or what is no run.
-      StorageError: something cannot be written; the checkpoints from before are intact.
+      InputError: `directory` holds a run of another `config`, or something that is not a run.
+      StorageError: something cannot be written; earlier checkpoints are intact.
     """
     start = time.perf_counter()
     state = create_state(setup.model, setup.optimizer, seed, setup.image_shape, setup.mesh)
     with ExitStack() as stack:
         checkpoints = stack.enter_context(Checkpoints(directory))
-        checkpoints.warn_of_damage("the run starts anew")
+        checkpoints.warn_of_damage("the run restarts from scratch")
         best: Checkpoints | None = None
         if "validation" in setup.splits:
             best = stack.enter_context(Checkpoints(directory, name="best", kept=1))
@@ -404,7 +406,7 @@ def train_run(
                 raise InputError(f"{directory} holds another run; move it away")
             result = RunResult.from_json(checkpoints.read_progress(), setup.columns)
             state = checkpoints.restore(state)
-            # A crash may have come after the row of an epoch and before its checkpoint.
+            # A crash may have come between the row of an epoch and its checkpoint.
             write_metrics(directory, result.rows, setup.columns)
         if best is not None:
             _check_best(best, result, config)
@@ -435,12 +437,12 @@ def train_run(
             if ends_epoch and (not rows or rows[-1]["step"] < step):
                 row = _measure_epoch(setup, state, step, stop)
                 if row is None:
-                    break  # stopped in the middle; measured anew when the run goes on
+                    break  # stopped during evaluation, which is repeated on resuming
                 rows.append({**row, "seconds": seconds()})
                 try:
                     write_metrics(directory, rows, setup.columns)
                 except StorageError:
-                    checkpoints.wait()  # it needs more space, and says how much
+                    checkpoints.wait()  # if it fails too, its error reports more missing space
                     raise
                 if on_epoch is not None:
                     on_epoch(state, rows[-1])
@@ -479,18 +481,22 @@ def train_run(
 
 
 def _environments(directory: Path, checkpoints: Checkpoints) -> list[dict[str, Any]]:
-    """Those in which the run has been trained, and this one; a warning says if it changes bits."""
+    """List the environments of the run, with this one last; warn if its results change."""
     stored = checkpoints.read_environments() if checkpoints.step is not None else []
     now = record_environment()
     if stored and is_primary() and (change := describe_change(stored[-1], now)):
-        warnings.warn(f"{directory} is resumed where {change}", FallbackWarning, stacklevel=3)
+        warnings.warn(
+            f"{directory} is resumed in another environment: {change}",
+            FallbackWarning,
+            stacklevel=3,
+        )
     return [*(each for each in stored if each != now), now]
 
 
 def _check_best(best: Checkpoints, result: RunResult, config: dict[str, Any] | None) -> None:
-    """Set aside a `best/` that does not belong to this run, and warn if its own is lost.
+    """Set aside a best state that does not belong to this run, and warn if its own is lost.
 
-    It may be later than the newest checkpoint: a crash may have come between the two.
+    The best state may be newer than the newest checkpoint, if a crash came between the two saves.
     """
     best.warn_of_damage("it is not used")
     if best.step is not None:
@@ -498,19 +504,19 @@ def _check_best(best: Checkpoints, result: RunResult, config: dict[str, Any] | N
             reason = find_mismatch(best, config or {}, result.rows)
         except InputError as error:
             reason = str(error)
-        # Every process has read it before the primary one renames it.
+        # All processes must have read it before the primary process renames it.
         if process_max(reason is not None):
             best.set_aside(reason or "its record is another run's")
     epoch = best_epoch(result.rows)
     if best.step is None and epoch is not None and is_primary():
         row = result.rows[epoch]
         instead = (
-            "train with another --out to have it again"
+            "train with another --out to recreate it"
             if result.status != "unfinished"
             else "a later epoch is kept only if it is better"
         )
         warnings.warn(
-            f"{best.directory}: the state of the lowest validation error, "
+            f"{best.directory}: the state with the lowest validation error, "
             f"{row['validation_error']:.2f} % after epoch {row['epoch']}, is lost; {instead}",
             DamageWarning,
             stacklevel=3,
@@ -518,11 +524,11 @@ def _check_best(best: Checkpoints, result: RunResult, config: dict[str, Any] | N
 
 
 def find_mismatch(best: Checkpoints, config: Any, rows: list[dict[str, Any]]) -> str | None:
-    """Why the state in `best` is not the best one of the run of `config` and `rows`, or None."""
+    """Return why `best` is not the best state of the run of `config` and `rows`, or None."""
     if comparable(best.read_config()) != comparable(config):
         return "its config is another run's"
     stored = read_rows(best)
-    # Text, in which NaN equals NaN; times differ where an epoch was trained twice.
+    # In text, NaN equals NaN. Times are ignored: they differ if an epoch was trained twice.
     own, other = (
         [json.dumps({**row, "seconds": 0}, sort_keys=True) for row in each]
         for each in (rows, stored)
@@ -533,15 +539,15 @@ def find_mismatch(best: Checkpoints, config: Any, rows: list[dict[str, Any]]) ->
     longer = max(rows, stored, key=len)
     epoch = best_epoch(longer)
     if epoch is not None and longer[epoch]["step"] != best.step:
-        return "it is not the state of this run's lowest validation error"
+        return "it is not the state with this run's lowest validation error"
     return None
 
 
 def read_rows(checkpoints: Checkpoints) -> list[dict[str, Any]]:
-    """The rows of `metrics.csv` that the newest good checkpoint has, whatever splits they are of.
+    """Read the rows of `metrics.csv` from the newest good checkpoint, whatever their splits.
 
     Raises:
-      InputError: its record is not that of a run.
+      InputError: the checkpoint's record is not that of a run.
     """
     progress = checkpoints.read_progress()
     rows = progress.get("rows") if isinstance(progress, dict) else None
@@ -551,7 +557,7 @@ def read_rows(checkpoints: Checkpoints) -> list[dict[str, Any]]:
 
 
 def _lost_patience(setup: TrainSetup, rows: list[dict[str, Any]]) -> bool:
-    """Whether too many epochs have passed since the best one."""
+    """Return whether `patience` epochs have passed since the best one."""
     best = best_epoch(rows)
     since = len(rows) if best is None else len(rows) - 1 - best
     return setup.patience is not None and since >= setup.patience
@@ -560,7 +566,7 @@ def _lost_patience(setup: TrainSetup, rows: list[dict[str, Any]]) -> bool:
 def _measure_epoch(
     setup: TrainSetup, state: TrainState, step: int, stop: Callable[[], bool]
 ) -> dict[str, Any] | None:
-    """A row of `metrics.csv` but for the seconds, or None if `stop()` became true."""
+    """Return a row of `metrics.csv` without its seconds, or None if `stop()` became true."""
     running = jax.device_get(state.running)
     rate = setup.schedule(step - 1) * plateau_scale(state.opt_state)
     row: dict[str, Any] = {
@@ -579,7 +585,7 @@ def _measure_epoch(
 
 
 def _diverged_step(state: TrainState, row: dict[str, Any]) -> int | None:
-    """The first step whose loss or gradient was not finite, or None where all is well."""
+    """Return the first step with a non-finite loss or gradient, or None."""
     step = state.running.diverged_step.item()
     if step >= 0:
         return step

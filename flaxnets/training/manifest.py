@@ -1,4 +1,4 @@
-"""The sha256 of every file of a directory, in the directory: `sha256sum -c manifest.sha256`."""
+"""Manifests: the sha256 of every file in a directory, as `sha256sum -c manifest.sha256` reads."""
 
 import hashlib
 import os
@@ -11,7 +11,7 @@ MANIFEST = "manifest.sha256"
 
 
 def write_manifest(directory: Path) -> None:
-    """Put down what is in `directory`."""
+    """Write the manifest of `directory`."""
     digests = {name: _sha256(path) for name, path in _files(directory).items()}
     write_atomic(directory / MANIFEST, _text(digests))
 
@@ -21,9 +21,9 @@ def _text(digests: dict[str, str]) -> str:
 
 
 def find_damage(directory: Path) -> str | None:
-    """What is not as it was when the manifest was written (one thing, named), or None.
+    """Describe one difference between `directory` and its manifest, or return None.
 
-    Nothing outside `directory` is read: links are damage.
+    Nothing outside `directory` is read: links count as damage.
     """
     if not (directory / MANIFEST).is_file() or (directory / MANIFEST).is_symlink():
         return f"it has no {MANIFEST}: it is being written, or was never completed"
@@ -38,7 +38,7 @@ def find_damage(directory: Path) -> str | None:
         if name not in found:
             return f"{name} is missing"
         if name not in expected:
-            return f"{name} does not belong to it"
+            return f"{name} is not in the manifest"
         if not stat.S_ISREG(found[name].lstat().st_mode):
             return f"{name} is not a file"
         if _sha256(found[name]) != expected[name]:
@@ -47,7 +47,7 @@ def find_damage(directory: Path) -> str | None:
 
 
 def _files(directory: Path) -> dict[str, Path]:
-    """All that is in `directory` but folders, by the path from there; links are not followed."""
+    """Map relative paths to all that is in `directory` except folders, without following links."""
     return {
         path.relative_to(directory).as_posix(): path
         for folder, folders, names in os.walk(directory, onerror=_raise)

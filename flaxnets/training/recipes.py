@@ -24,48 +24,49 @@ CHOICES = {
     "augment": get_args(Augment),
 }
 
-# Pixels a side. The smallest networks halve their maps twice; no published one sees more.
+# Pixels per side. The smallest networks halve their maps twice, and no published network takes
+# images larger than 4096.
 SMALLEST_IMAGE, LARGEST_IMAGE = 4, 4096
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """An optimizer, a schedule, a length, and what is done to the images.
+    """Optimizer, schedule, length and augmentation of a run.
 
     The schedule is given in fractions of the run, so that it scales with its length.
 
     Attributes:
       name: key in `RECIPES`.
       learning_rate: the rate after warm-up.
-      batch_size: training examples a step, over all devices.
+      batch_size: training examples per step, over all devices.
       steps: length of the run in updates, or None where `epochs` gives it.
       epochs: length of the run in epochs, or None where `steps` gives it.
       optimizer: `sgd` (with momentum) or `adam`, both as PyTorch and Optax define them.
       momentum: momentum of SGD (no dampening).
       nesterov: whether SGD's momentum is Nesterov's.
-      weight_decay: coefficient of coupled L2: added to the gradient before momentum or Adam, and
-        never part of a reported loss.
-      decay: which parameters have it: `all`, `kernels` (no biases, nothing of BatchNorm) or
-        `convolutions` (their kernels alone).
+      weight_decay: coefficient of coupled L2, which is added to the gradient before momentum or
+        Adam and never part of a reported loss.
+      decay: parameters with weight decay: `all`, `kernels` (no biases or BatchNorm parameters) or
+        `convolutions` (their kernels only).
       schedule: `steps` multiplies the rate by `decay_factor` at each of `decay_at`; `cosine` takes
-        it to 0 along half a wave; `plateau` multiplies it by `decay_factor` once the validation
+        it to 0 along half a cosine; `plateau` multiplies it by `decay_factor` once the validation
         loss has not fallen for `plateau_patience` epochs, down to `plateau_floor`.
       decay_at: fractions of the run at which the rate is lowered, such as 0.5,0.75.
-      decay_factor: what the rate is multiplied by there: one number for all, or one for each of
-        `decay_at`.
+      decay_factor: factor by which the rate is multiplied: one number for all of `decay_at`, or
+        one for each.
       plateau_patience: epochs without a lower validation loss before the rate is lowered.
       plateau_floor: the lowest rate of a `plateau` schedule.
-      warmup: fraction of the run that is warm-up. With `cosine` the rate rises in it from 0;
-        otherwise the network is trained at `warmup_factor` of the rate.
+      warmup: fraction of the run spent on warm-up. With `cosine`, the rate rises from 0; otherwise
+        it is held at `warmup_factor` of the learning rate.
       warmup_factor: the rate during warm-up, as a fraction of `learning_rate`.
-      warmup_from_depth: shallower networks have no warm-up.
+      warmup_from_depth: smallest depth with warm-up.
       label_smoothing: share of the label's probability spread over all classes
         (Szegedy et al. 2015, arXiv:1512.00567, section 7).
       augment: `default` (that of the data set), `none`, `keras`, `resized-crop`, `scaled-crop` or
         `fixed-crop`; see `augmentation`.
       colour_noise: standard deviation of noise along the principal components of colour
         (Krizhevsky et al. 2012, section 4.1; 0.1 there).
-      image_size: pixels that images are resized to, or None for their own size.
+      image_size: side in pixels that images are resized to, or None to keep their size.
     """
 
     name: str
@@ -99,37 +100,37 @@ class Recipe:
             refuse("give either steps or epochs")
         for field, choices in CHOICES.items():
             if getattr(self, field) not in choices:
-                refuse(f"{field} is one of {', '.join(choices)}, not {getattr(self, field)!r}")
+                refuse(f"{field} must be one of {', '.join(choices)}, not {getattr(self, field)!r}")
         factors = self.decay_factor
         if isinstance(factors, tuple) and len(factors) != len(self.decay_at):
-            refuse(f"decay_factor is one number, or one for each of the {len(self.decay_at)} steps")
+            refuse(f"decay_factor must be one number, or one per step ({len(self.decay_at)})")
         all_factors = factors if isinstance(factors, tuple) else (factors,)
         if any(not 0 < factor <= 1 for factor in all_factors):
-            refuse("decay_factor is above 0 and at most 1")
+            refuse("decay_factor must be above 0 and at most 1")
         if self.schedule == "plateau" and not (isinstance(factors, float) and 0 < factors < 1):
-            refuse("decay_factor is one number between 0 and 1 where the schedule is plateau")
+            refuse("decay_factor must be one number between 0 and 1 if the schedule is plateau")
         if any(not 0 < at < 1 for at in self.decay_at):
-            refuse("decay_at has fractions of the run, between 0 and 1")
+            refuse("decay_at must be fractions of the run, between 0 and 1")
         for field in ("learning_rate", "batch_size", "plateau_patience"):
             if not getattr(self, field) > 0:
-                refuse(f"{field} is above 0")
+                refuse(f"{field} must be above 0")
         for field in ("momentum", "warmup", "label_smoothing"):
             if not 0 <= getattr(self, field) < 1:
-                refuse(f"{field} is from 0 to below 1")
+                refuse(f"{field} must be at least 0 and below 1")
         for field in ("weight_decay", "plateau_floor", "colour_noise", "warmup_from_depth"):
             if not getattr(self, field) >= 0:
-                refuse(f"{field} is not below 0")
+                refuse(f"{field} must be at least 0")
         if not 0 < self.warmup_factor <= 1:
-            refuse("warmup_factor is above 0 and at most 1")
+            refuse("warmup_factor must be above 0 and at most 1")
         if self.image_size is not None and not SMALLEST_IMAGE <= self.image_size <= LARGEST_IMAGE:
-            refuse(f"image_size is from {SMALLEST_IMAGE} to {LARGEST_IMAGE} pixels")
+            refuse(f"image_size must be from {SMALLEST_IMAGE} to {LARGEST_IMAGE} pixels")
 
     @classmethod
     def from_config(cls, value: Any) -> "Recipe":
-        """What a run's `config.json` has under `recipe`.
+        """Make a recipe from the entry `recipe` of a run's `config.json`.
 
         Raises:
-          InputError: it is no recipe.
+          InputError: `value` is not a recipe.
         """
         try:
             fields: dict[str, Any] = {
@@ -138,18 +139,20 @@ class Recipe:
             }
             for length in ("steps", "epochs"):
                 if type(fields.get(length)) not in (int, type(None)):
-                    raise TypeError(f"{length} is no number")
+                    raise TypeError(f"{length} is not a whole number")
             return cls(**fields)
         except (AttributeError, TypeError) as error:
             raise InputError(f"its config has no valid recipe ({error})") from error
 
     def total_steps(self, num_examples: int) -> int:
-        """Updates in a run over `num_examples` training images."""
+        """Return the number of updates in a run over `num_examples` training images."""
         return self.steps or (self.epochs or 0) * (num_examples // self.batch_size)
 
     def make_schedule(self, total_steps: int, depth: int) -> optax.Schedule:
-        """Learning rate of update 0 .. total_steps - 1 for a network of `depth`; with a `plateau`
-        schedule, before that."""
+        """Return the learning rate of updates 0 to total_steps - 1 for a network of `depth`.
+
+        A `plateau` schedule lowers this rate further, see `scale_by_plateau`.
+        """
         warmup_steps = round(self.warmup * total_steps) if depth >= self.warmup_from_depth else 0
         if self.schedule == "cosine":
             return optax.warmup_cosine_decay_schedule(
@@ -174,7 +177,7 @@ class Recipe:
         return schedule if warmup_steps else stepwise
 
     def make_optimizer(self, total_steps: int, depth: int) -> optax.GradientTransformation:
-        """The update rule as an Optax transformation."""
+        """Make the update rule as an Optax transformation."""
         rates = self.make_schedule(total_steps, depth)
         if self.optimizer == "sgd":
             rule = optax.sgd(rates, momentum=self.momentum, nesterov=self.nesterov)
@@ -194,25 +197,26 @@ class Recipe:
 
     @property
     def plateau(self) -> optax.GradientTransformationExtraArgs | None:
-        """What lowers the rate, if anything does: see `scale_by_plateau`."""
+        """Transformation that lowers the rate of a `plateau` schedule, or None."""
         if self.schedule != "plateau":
             return None
         assert isinstance(self.decay_factor, float)
         return reduce_on_plateau(
             factor=self.decay_factor,
             patience=self.plateau_patience,
-            atol=1e-4,  # as Keras has it
+            atol=1e-4,  # Keras's default
             rtol=0.0,
             min_scale=self.plateau_floor / self.learning_rate,
         )
 
     def augmentation(self, default: Augmentation, image_size: int) -> Augmentation:
-        """What is done to images of `image_size` pixels; `default` is that of the data set.
+        """Return the augmentation of images of `image_size` pixels; `default` is the data set's.
 
-        `keras`: shifted by up to a tenth, edges repeated, and mirrored. `resized-crop`: the random
-        area and shape of Szegedy et al. (2014), mirrored, as in torchvision's references.
-        `scaled-crop`: square crops of 224 pixels where the shorter side has 256 to 480, mirrored
-        (He et al. 2015, section 3.4). `fixed-crop`: where it has 256 (Krizhevsky et al. 2012).
+        All but `none` include random flips. `keras` shifts by up to a tenth and repeats the edges.
+        `resized-crop` crops with the random area and aspect ratio of Szegedy et al. (2014), as in
+        torchvision's references. `scaled-crop` takes square crops of 224 pixels from images whose
+        shorter side has 256 to 480 pixels (He et al. 2015, section 3.4). `fixed-crop` takes them
+        from a shorter side of 256 pixels (Krizhevsky et al. 2012).
         """
         kinds = {
             "default": default,
@@ -228,9 +232,9 @@ class Recipe:
 def scale_by_plateau(
     plateau: optax.GradientTransformationExtraArgs,
 ) -> optax.GradientTransformation:
-    """Multiply updates by the scale that `observe_plateau` has come to.
+    """Multiply updates by the scale that `observe_plateau` sets.
 
-    Optax's own transformation counts every update; here an epoch counts.
+    Optax's own transformation counts its patience in updates; this one counts it in epochs.
     """
 
     def update(updates: Any, state: Any, params: Any = None) -> tuple[Any, Any]:
@@ -242,13 +246,13 @@ def scale_by_plateau(
 def observe_plateau(
     plateau: optax.GradientTransformationExtraArgs, opt_state: Any, loss: float
 ) -> Any:
-    """The optimizer's state once the validation loss of an epoch is known."""
+    """Return the optimizer state updated with the validation loss of an epoch."""
 
     def observe(node: Any) -> Any:
         if not isinstance(node, ReduceLROnPlateauState):
             return node
         observed = plateau.update({}, node, value=jnp.float32(loss))[1]
-        # On the devices where it was, and of the same types.
+        # Keep dtypes and shardings: a change would recompile the train step.
         return jax.tree.map(
             lambda new, old: jax.device_put(new.astype(old.dtype), old.sharding), observed, node
         )
@@ -259,7 +263,7 @@ def observe_plateau(
 
 
 def plateau_scale(opt_state: Any) -> float:
-    """What the rate is multiplied by; 1 without a plateau."""
+    """Return the factor by which the plateau schedule has lowered the rate; 1 without one."""
     nodes = jax.tree.leaves(
         opt_state, is_leaf=lambda node: isinstance(node, ReduceLROnPlateauState)
     )
@@ -268,7 +272,7 @@ def plateau_scale(opt_state: Any) -> float:
 
 
 class Preset(NamedTuple):
-    """A recipe and where it is from."""
+    """A recipe and its source."""
 
     recipe: Recipe
     source: str
@@ -283,18 +287,22 @@ PRESETS = (
             warmup=400 / 64_000,
             warmup_from_depth=110,
         ),
-        # Where it departs: channels are divided by their standard deviation (the paper only
-        # subtracts the mean, of each pixel); padding is black (the paper does not say); all 50,000
-        # training images are used, as in the paper's final runs (its 45k/5k split chose the
-        # schedule); padding and flips are those of the data set (4 pixels and flips on CIFAR-10, as
-        # in the paper); the warm-up always takes 400 updates (the paper ends it once the training
-        # error is below 80 %); parameters of BatchNorm and biases decay too (it does not say).
+        # Differences from the paper:
+        # - Channels are divided by their standard deviation (the paper only subtracts each pixel's
+        #   mean).
+        # - Padding is black (the paper does not say).
+        # - All 50,000 training images are used, as in the paper's final runs (its 45k/5k split
+        #   chose the schedule).
+        # - Padding and flips are those of the data set (4 pixels and flips on CIFAR-10, as in the
+        #   paper).
+        # - Warm-up always takes 400 updates (in the paper, until training error is below 80 %).
+        # - BatchNorm parameters and biases decay too (the paper does not say).
         "He et al. 2015, arXiv:1512.03385, section 4.2",
     ),
     Preset(
-        # The paper's recipe, shortened and without augmentation. Rate and warm-up (none) are those
-        # of a small grid that gave the *lowest* training error of the plain network of depth 56
-        # (the README has the grid), so that nothing is tuned to make plain networks look bad.
+        # The paper's recipe, shortened and without augmentation. Rate and warm-up (none) gave the
+        # *lowest* training error of the plain network of depth 56 in a small grid (see the README),
+        # so that nothing is tuned to make plain networks look bad.
         Recipe(name="digits", learning_rate=0.01, epochs=20, augment="none"),
         "he2015-cifar shortened, for scikit-learn's digits",
     ),
@@ -307,7 +315,7 @@ PRESETS = (
             weight_decay=0.0,
             schedule="cosine",
         ),
-        "ours: a plain start with data that are new to you",
+        "ours: a simple starting point for new data",
     ),
     Preset(
         Recipe(
@@ -320,7 +328,7 @@ PRESETS = (
             colour_noise=0.1,
             image_size=224,
         ),
-        # The paper does not say when the error has plateaued: here, 5 epochs without a lower loss.
+        # The paper does not define a plateau; here it is 5 epochs without a lower loss.
         "He et al. 2015, arXiv:1512.03385, section 3.4",
     ),
     Preset(
@@ -348,9 +356,9 @@ PRESETS = (
             decay_factor=(0.1, 0.1, 0.1, 0.5),
             augment="keras",
         ),
-        # Keras's l2(1e-4) adds 1e-4 w^2 to the loss. Its schedule sets the rate anew each epoch,
-        # so that the plateau callback beside it never has a lasting effect: see the next recipe.
-        # Where it departs: normalised by channel (there: the mean of each pixel is subtracted).
+        # Keras's l2(1e-4) adds 1e-4 w^2 to the loss. Its schedule resets the rate each epoch, so
+        # that its plateau callback never has a lasting effect: see the next recipe. Difference from
+        # the example: images are normalised by channel (there, each pixel's mean is subtracted).
         "Keras's CIFAR-10 ResNet example, cifar10_resnet.py",
     ),
     Preset(
@@ -367,7 +375,7 @@ PRESETS = (
             plateau_floor=0.5e-6,
             augment="keras",
         ),
-        "the same with its ReduceLROnPlateau alone, on validation images",
+        "the same with only ReduceLROnPlateau, on validation images",
     ),
     Preset(
         Recipe(
@@ -432,7 +440,7 @@ RECIPES = {preset.recipe.name: preset.recipe for preset in PRESETS}
 
 
 def describe_fields() -> dict[str, str]:
-    """What each field of a recipe is, from the docstring of `Recipe`, for `--help`."""
+    """Return the description of each recipe field, from the docstring of `Recipe`, for `--help`."""
     attributes = inspect.cleandoc(Recipe.__doc__ or "").partition("Attributes:\n")[2]
     entries = re.findall(r"^  (\w+): (.*(?:\n    .*)*)", attributes, re.MULTILINE)
     return {name: " ".join(text.replace("`", "").split()).rstrip(".") for name, text in entries}

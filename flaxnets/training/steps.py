@@ -18,10 +18,10 @@ from flaxnets.parallel import replicate, replicated, split_batch
 
 
 class RunningMetrics(flax.struct.PyTreeNode):
-    """Sums over the steps of the current epoch, and the first step whose loss or gradient was not
-    finite.
+    """Sums over the steps of the current epoch, and the first step with a non-finite loss or
+    gradient.
 
-    Part of the state, so that a run resumed in the middle of an epoch reports the same numbers.
+    They are part of the state, so that a run resumed within an epoch reports the same numbers.
     """
 
     loss_sum: jax.Array
@@ -35,13 +35,13 @@ class RunningMetrics(flax.struct.PyTreeNode):
 
 
 class TrainState(flax.struct.PyTreeNode):
-    """All that a run consists of; with the data, it determines every later step.
+    """Complete state of a run; with the data, it determines every later step.
 
     Attributes:
-      step: int32, updates done.
-      key: of the run's seed; batches and augmentation of step s come from (key, s).
+      step: int32, number of updates done.
+      key: PRNG key of the run; batches and augmentation of step s depend on (key, s).
       params, batch_stats: the network's variables.
-      opt_state: of the optimizer.
+      opt_state: optimizer state.
       running: metrics of the current epoch.
     """
 
@@ -54,18 +54,18 @@ class TrainState(flax.struct.PyTreeNode):
 
     @property
     def variables(self) -> dict[str, Any]:
-        """What `model.apply` takes."""
+        """Variables for `model.apply`."""
         return {"params": self.params, "batch_stats": self.batch_stats}
 
 
 def init_variables(model: nn.Module, key: jax.Array, image_shape: tuple[int, ...]) -> dict:
-    """Fresh `params` and `batch_stats` of `model` for images `(height, width, channels)`.
+    """Initialise `params` and `batch_stats` of `model` for images `(height, width, channels)`.
 
-    The forward pass is traced but never computed. A parameter depends on `key`, its path and
-    its shape alone, so twins start bit-identical wherever both have it.
+    The forward pass is traced but never computed. A parameter depends only on `key`, its path and
+    its shape, so the parameters that twins share start bit-identical.
     """
     images = jax.ShapeDtypeStruct((1, *image_shape), jnp.float32)
-    # In training mode: with running statistics, which are known, normalisation would be computed.
+    # Not in evaluation mode: normalising by the known running statistics would be computed.
     keys = {"params": key, "dropout": key}
     variables = unscanned(model).lazy_init(keys, images, train=True)
     variables = {"params": variables["params"], "batch_stats": variables.get("batch_stats", {})}
@@ -79,7 +79,7 @@ def create_state(
     image_shape: tuple[int, ...],
     mesh: Mesh,
 ) -> TrainState:
-    """The state before the first step, on every device of `mesh`."""
+    """Create the state before the first step, on every device of `mesh`."""
     init_key, run_key = jax.random.split(jax.random.key(seed))
     variables = init_variables(model, init_key, image_shape)
     state = TrainState(
@@ -94,7 +94,12 @@ def create_state(
 
 
 def cross_entropy(logits: jax.Array, labels: jax.Array) -> jax.Array:
-    """Loss of each example, `(batch,)`, at least float32: logits `(batch, classes)`, int labels."""
+    """Compute the loss of each example, `(batch,)`, in float32 or wider.
+
+    Args:
+      logits: `(batch, classes)`.
+      labels: int `(batch,)`.
+    """
     logits = logits.astype(jnp.promote_types(logits.dtype, jnp.float32))
     return optax.softmax_cross_entropy_with_integer_labels(logits, labels)
 
@@ -112,12 +117,12 @@ def make_train_step(
     label_smoothing: float = 0.0,
     frozen: bool = False,
 ) -> Step:
-    """The jitted `train_step(state, split, order) -> (state, loss)` for data on the devices.
+    """Make the jitted `train_step(state, split, order) -> (state, loss)` for data on the devices.
 
     `split` is the training split and `order` the current epoch's `epoch_order`, both replicated on
-    `mesh`; batch, augmentation, forward and backward pass and update all happen inside, on the
+    `mesh`. Batching, augmentation, forward and backward pass and update all happen inside, on the
     batch split over the devices. `state` is donated. `loss` is the batch's mean cross-entropy.
-    With `frozen`, statistics are not updated but used, as in evaluation.
+    With `frozen`, BatchNorm uses its running statistics without updating them, as in evaluation.
     """
     update = _make_update(model, optimizer, preprocess, augmentation, label_smoothing, frozen)
 
@@ -141,7 +146,7 @@ def make_stream_step(
     label_smoothing: float = 0.0,
     frozen: bool = False,
 ) -> Step:
-    """As `make_train_step` for data that come batch by batch: `train_step(state, batch)`."""
+    """Make `train_step(state, batch)` for streamed batches; see `make_train_step`."""
     update = _make_update(model, optimizer, preprocess, augmentation, label_smoothing, frozen)
 
     @partial(jax.jit, donate_argnums=0, out_shardings=replicated(mesh))
@@ -181,7 +186,7 @@ def _make_update(
             loss = cross_entropy(logits, labels).mean()
             objective = loss
             if label_smoothing:
-                # The spread part is the mean over the classes of each one's cross-entropy.
+                # Probability spread over all classes gives the mean of their cross-entropies.
                 spread = -jax.nn.log_softmax(logits.astype(loss.dtype)).mean()
                 objective = (1 - label_smoothing) * loss + label_smoothing * spread
             return objective, (loss, logits, updates.get("batch_stats", state.batch_stats))
@@ -190,7 +195,7 @@ def _make_update(
         updates, opt_state = optimizer.update(gradients, state.opt_state, state.params)
 
         running = state.running
-        keep = state.step % steps_per_epoch != 0  # an epoch's first step starts anew
+        keep = state.step % steps_per_epoch != 0  # reset at an epoch's first step
         finite = jnp.isfinite(loss) & all_finite(gradients)
         first_divergence = (running.diverged_step < 0) & ~finite
         batch_size = len(labels)
@@ -214,12 +219,15 @@ def _make_update(
 
 
 def all_finite(tree: Any) -> jax.Array:
-    """Whether no array of `tree` has a NaN or an infinity in it."""
+    """Return whether no array of `tree` contains NaN or infinity."""
     return jnp.stack([jnp.isfinite(leaf).all() for leaf in jax.tree.leaves(tree)]).all()
 
 
 def count_errors(logits: jax.Array, labels: jax.Array) -> jax.Array:
-    """int32 `(batch,)`: 1 where the largest logit is not the label's; NaN logits are errors."""
+    """Return int32 `(batch,)`: 1 where the largest logit is not the label's.
+
+    Examples with NaN logits count as errors.
+    """
     wrong = jnp.argmax(logits, axis=-1) != labels
     return (wrong | jnp.isnan(logits).any(axis=-1)).astype(jnp.int32)
 
@@ -227,9 +235,9 @@ def count_errors(logits: jax.Array, labels: jax.Array) -> jax.Array:
 def make_eval_step(
     model: nn.Module, preprocess: Preprocess, mesh: Mesh
 ) -> Callable[[dict, Split, jax.Array], tuple[jax.Array, jax.Array]]:
-    """The jitted `eval_step(variables, batch, weights) -> (loss_sum, errors)`, in evaluation mode.
+    """Make the jitted `eval_step(variables, batch, weights) -> (loss_sum, errors)`.
 
-    `weights` `(batch,)` is 1 for an example that counts and 0 for padding.
+    The network is in evaluation mode. `weights` `(batch,)` is 1 for examples and 0 for padding.
     """
 
     @partial(jax.jit, out_shardings=replicated(mesh))
@@ -252,8 +260,8 @@ def _padded_batch(split: Split, start: jax.Array, batch_size: int) -> tuple[Spli
 
 
 def padded_batches(split: Split, batch_size: int) -> Iterator[tuple[Split, jax.Array]]:
-    """All of a split on the devices, in order: batches, and which examples of each count."""
-    # Cut out here, not in the `eval_step`: one compilation then serves splits of every size.
+    """Yield a split on the devices in order: batches, and masks of the examples that count."""
+    # Slice here, not in `eval_step`, which then compiles once for splits of every size.
     for start in range(0, len(split.labels), batch_size):
         yield _padded_batch(split, start, batch_size)
 
@@ -265,9 +273,9 @@ def evaluate(
     batch_size: int,
     stop: Callable[[], bool] = lambda: False,
 ) -> tuple[float, float] | None:
-    """Mean cross-entropy and error in percent over a whole split, every image counted once.
+    """Compute mean cross-entropy and error in percent over a split, each image counted once.
 
-    None if `stop()` became true before the end.
+    Returns None if `stop()` became true before the end.
     """
     return evaluate_batches(eval_step, variables, padded_batches(split, batch_size), stop)
 
@@ -278,13 +286,13 @@ def evaluate_batches(
     batches: Iterable[tuple[Split, Any]],
     stop: Callable[[], bool] = lambda: False,
 ) -> tuple[float, float] | None:
-    """As `evaluate`, of batches and the weights of their examples."""
+    """Evaluate batches, given with the weights of their examples; see `evaluate`."""
     totals, count = [], 0
     for batch, weights in batches:
         if stop():
             return None
         totals.append((*eval_step(variables, batch, weights), weights.sum()))
-        jax.block_until_ready(totals[-2:-1])  # so that `stop` is heard in time
+        jax.block_until_ready(totals[-2:-1])  # keeps `stop` responsive
     losses, errors, counts = zip(*jax.device_get(totals), strict=True)
     count = int(sum(counts))
     return float(sum(losses)) / count, 100 * int(sum(errors)) / count

@@ -1,4 +1,4 @@
-"""Metrics as events that TensorBoard reads."""
+"""TensorBoard logging of a run's metrics."""
 
 import importlib
 from collections.abc import Callable, Iterator
@@ -11,10 +11,10 @@ from flaxnets.errors import InputError
 
 @contextmanager
 def open_tensorboard(directory: Path) -> Iterator[Callable[[list[dict[str, Any]]], None]]:
-    """A function that writes what is new in the rows of `metrics.csv`, below `directory`.
+    """Yield a function that writes the new rows of `metrics.csv` as events below `directory`.
 
-    All rows are written anew by a process that goes on with a run, and what its earlier processes
-    wrote no longer counts: they may have come further than the checkpoint.
+    A resumed run purges the events of its earlier processes, which may be ahead of its checkpoint,
+    and writes all rows again.
 
     Raises:
       InputError: tensorboardX is not installed.

@@ -376,7 +376,7 @@ def test_copies_of_training_pictures_are_named(tmp_path):
     assert str(warning.message) == (
         f"{tmp_path}: 2 of 6 test pictures are also training pictures (test/a/0.png is "
         "train/a/0.png, test/b/0.png is train/b/0.png); only 4 of 6 test pictures are different "
-        "files; remove copies for an honest test error"
+        "files; remove the copies for an honest test error"
     )
 
 
@@ -463,8 +463,8 @@ def single_picture(root):
     ("make", "message"),
     [
         (no_class_folders, "has pictures outside of class folders, such as a.png; move each"),
-        (one_class, "has 1 class folder .*for each of two classes or more"),
-        (lambda root: None, "has no class folders .*for each of two classes or more"),
+        (one_class, "has 1 class folder .*for each of at least two classes"),
+        (lambda root: None, "has no class folders .*for each of at least two classes"),
         (
             empty_class,
             r"the class folder .*fox has no pictures in it .*put some there or remove it",
@@ -473,12 +473,12 @@ def single_picture(root):
         (loose_in_train, "train has pictures outside of class folders"),
         (loose_beside_train, "has pictures outside of class folders"),
         (no_test, "a folder train but none called test, val or validation; add one"),
-        (no_train, "has 1 class folder with pictures in"),
+        (no_train, "has 1 class folder with pictures; give one"),
         (
             other_classes,
             r"only train has fox; only test has gnu, hen; give both the same class folders",
         ),
-        (single_picture, "1 picture of class fox, which cannot be divided"),
+        (single_picture, "1 picture of class fox, which cannot be split"),
     ],
 )
 def test_other_layouts_are_refused(tmp_path, make, message):
@@ -497,7 +497,7 @@ def test_other_paths_are_refused(tmp_path):
     with pytest.raises(InputError, match=r"a.png is a file; give a folder"):
         find_folder(save(tmp_path / "a.png"))
     for fraction in (0, 1, -1, float("nan")):
-        with pytest.raises(InputError, match="test_fraction is above 0 and below 1"):
+        with pytest.raises(InputError, match="test_fraction must be above 0 and below 1"):
             find_folder(make_classes(tmp_path / "b"), test_fraction=fraction)
 
 

@@ -289,7 +289,7 @@ def test_a_worker_that_dies_is_told_in_a_line(pictures):
         next(batches)
         for worker in set(multiprocessing.active_children()) - before:
             worker.kill()
-        with pytest.raises(InputError, match=r"a worker ended .*exit code -9.*use fewer workers"):
+        with pytest.raises(InputError, match=r"a worker exited .*exit code -9.*use fewer workers"):
             list(batches)
 
 
@@ -304,7 +304,7 @@ def test_a_picture_that_cannot_be_decoded_is_named(tmp_path, workers):
     path = dataset.train.name(2)
     with open(path, "r+b") as file:
         file.truncate(1500)
-    expected = rf"^{path} cannot be read \(image file is truncated.*\); replace it or take it away$"
+    expected = rf"^{path} cannot be read \(image file is truncated.*\); replace or remove it$"
     with pytest.raises(InputError, match=expected):
         list(make_stream(dataset.train, workers).batches(0, 2))
     if not workers:
@@ -469,8 +469,8 @@ def test_too_many_unreadable_pictures_in_a_row_end_training(pictures):
         list(make_stream(Gaps(picture, 99), skip_unreadable=True).batches(0, 39))
     assert len(warned) == 99
     expected = (
-        r"^100 pictures in a row cannot be read, from picture 0 \(0 is missing\) on; check that "
-        r"the pictures are still there$"
+        r"^100 pictures in a row cannot be read, starting with picture 0 \(0 is missing\); check "
+        r"that the pictures still exist$"
     )
     with pytest.raises(InputError, match=expected), warnings.catch_warnings(action="ignore"):
         list(make_stream(Gaps(picture, 100), skip_unreadable=True).batches(0, 40))
@@ -479,9 +479,9 @@ def test_too_many_unreadable_pictures_in_a_row_end_training(pictures):
 @pytest.mark.parametrize("workers", [0, 1])
 def test_a_folder_that_is_gone_is_one_error(damaged, workers, recwarn):
     shutil.rmtree(damaged.train.root)
-    with pytest.raises(InputError, match=r"^23 pictures in a row cannot be read, from /"):
+    with pytest.raises(InputError, match=r"^23 pictures in a row cannot be read, starting with /"):
         list(make_stream(damaged.train, workers, skip_unreadable=True).batches(0, 4))
-    with pytest.raises(InputError, match=r"^none of 7 pictures can be read, such as /.*/test/"):
+    with pytest.raises(InputError, match=r"^none of 7 pictures can be read, for example /.*/test/"):
         list(eval_batches(damaged.test, 8, 3, 1.0, 3, workers, skip_unreadable=True))
     assert not [warning for warning in recwarn if warning.category is FallbackWarning]
 
@@ -554,12 +554,12 @@ def test_a_run_whose_pictures_are_damaged_on_the_way(
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"crop": "random"}, "crop is one of resized, scaled, fixed, none, not 'random'"),
-        ({"batch_size": 24}, "a batch of 24 is more than the 23 training examples"),
-        ({"batch_size": 0}, "batch_size 0 have to be above 0"),
+        ({"crop": "random"}, "crop must be one of resized, scaled, fixed, none, not 'random'"),
+        ({"batch_size": 24}, "a batch of 24 is larger than the 23 training examples"),
+        ({"batch_size": 0}, "batch_size 0 must be above 0"),
         ({"image_size": 0}, "image_size 0 and"),
         ({"seed": -1}, "seed -1 and"),
-        ({"workers": -1}, "workers -1 not below"),
+        ({"workers": -1}, "workers -1 at least 0"),
     ],
 )
 def test_settings_out_of_range_are_refused(pictures, changes, message):
@@ -687,11 +687,11 @@ def test_prepared_data_sets_without_labels_are_refused(tmp_path):
 def test_prepared_data_sets_of_one_class_or_of_floats_are_refused(tmp_path):
     image, label = tfds.features.Image(shape=(4, 4, 1)), tfds.features.ClassLabel(names=["cat"])
     make_dataset(tmp_path, random_images((4, 4, 1)), [0], features={"image": image, "label": label})
-    with pytest.raises(InputError, match="made has one class; choose a data set with two"):
+    with pytest.raises(InputError, match="made has one class; choose a data set with at least two"):
         find_tfds_stream("made", tmp_path)
     for path in tmp_path.rglob("features.json"):
         path.write_text(path.read_text().replace('"uint8"', '"float32"'))
-    with pytest.raises(InputError, match="made has images of float32; choose a data set of uint8"):
+    with pytest.raises(InputError, match="made has float32 images; choose a data set of uint8"):
         find_tfds_stream("made", tmp_path)
 
 

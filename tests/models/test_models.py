@@ -351,7 +351,7 @@ def test_names():
 
 @pytest.mark.parametrize("num_classes", [0, -1, "10", 3.5, True])
 def test_numbers_of_classes_that_are_none_are_refused(num_classes):
-    with pytest.raises(flaxnets.InputError, match="a whole number above 0"):
+    with pytest.raises(flaxnets.InputError, match="must be a positive integer"):
         flaxnets.create_model("resnet18", num_classes)
 
 

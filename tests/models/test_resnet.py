@@ -136,5 +136,5 @@ def test_relu_keeps_nan_and_has_no_gradient_at_zero():
 
 @pytest.mark.parametrize("option", [{"shortcut": "b"}, {"stem": "Small"}, {"block": "wide"}])
 def test_unknown_options_are_refused(option):
-    with pytest.raises(flaxnets.InputError, match=f"{next(iter(option))} is one of"):
+    with pytest.raises(flaxnets.InputError, match=f"{next(iter(option))} must be one of"):
         flaxnets.create_model("resnet18", **option)

@@ -103,7 +103,7 @@ def test_what_does_not_belong_is_damage(run, tmp_path):
     metadata.unlink()
     metadata.write_bytes(content)
     (checkpoint / "training" / "more").symlink_to(tmp_path)
-    assert find_damage(checkpoint) == "training/more does not belong to it"
+    assert find_damage(checkpoint) == "training/more is not in the manifest"
 
 
 def test_every_character_of_the_manifest_counts(run):
@@ -124,7 +124,7 @@ def test_a_checkpoint_under_another_name_is_damage(run):
     step, damage = newest(run)
     assert step == 20
     assert "checkpoint 999" in damage
-    assert "it is that of step 23" in damage
+    assert "it holds step 23" in damage
     (run / "checkpoints" / "999").rename(run / "checkpoints" / "023")
     assert newest(run) == (20, "")
 
@@ -150,7 +150,7 @@ def test_training_goes_on_from_the_newest_good_one(setup, assert_same_run, run, 
 def test_nothing_good_is_a_start_from_the_seed(setup, assert_same_run, run):
     for step in (20, 23):
         (run / "checkpoints" / str(step) / "training" / "_METADATA").unlink()
-    with pytest.warns(DamageWarning, match="the run starts anew"):
+    with pytest.warns(DamageWarning, match="the run restarts from scratch"):
         train_run(setup, 0, run)
     assert_same_run(run)
 
@@ -303,7 +303,10 @@ def test_another_number_of_cores_is_said_when_a_run_is_resumed(setup, run, monke
     cores = before["cpu_cores"]
     with monkeypatch.context() as patch:
         patch.setattr(os, "sched_getaffinity", lambda _: set(range(cores + 1)))
-        message = f"cpu_cores was {cores} and is {cores + 1}: it will not end bit for bit as if"
+        message = (
+            f"cpu_cores was {cores} and is now {cores + 1}, "
+            "so it will not match an uninterrupted run bit for bit"
+        )
         with pytest.warns(FallbackWarning, match=message):
             train_run(setup, 0, run, *stop_at(24))
     both = Checkpoints(run, read_only=True).read_environments()
