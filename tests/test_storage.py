@@ -102,6 +102,7 @@ write_atomic(Path({str(place / "file")!r}), "content")
     place.rmdir()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("what", ["plain-8/seed-0/checkpoints", "plain-8", "."])
 def test_a_directory_that_vanishes(study, command, degradation, tmp_path, monkeypatch, what):
     out = tmp_path / "out"

@@ -286,6 +286,7 @@ def test_another_run_is_refused(trained, command):
     assert f"use --out {out}-2" in err
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("how", ["--in-memory", "--stream"])
 def test_a_folder_of_pictures(pictures, command, tmp_path, how):
     """Trained, and then fine-tuned with one class fewer: the backbone is kept, the head is new."""
@@ -320,6 +321,7 @@ def test_a_folder_of_pictures(pictures, command, tmp_path, how):
                 )
 
 
+@pytest.mark.slow
 def test_weights_to_start_from_that_are_gone_or_others(trained, command, tmp_path):
     """A run that has begun does not need them; another seed's of the same step are others."""
     shutil.copytree(trained[0], tmp_path / "source")
@@ -337,6 +339,7 @@ def test_weights_to_start_from_that_are_gone_or_others(trained, command, tmp_pat
     assert "init_from.digest is" in err
 
 
+@pytest.mark.slow
 def test_pytorch_weights_are_a_start(command, tmp_path, data_dir):
     model = flaxnets.create_model("cifar_resnet8", num_classes=7)
     from tests.helpers import random_variables
@@ -359,6 +362,7 @@ def test_pytorch_weights_are_a_start(command, tmp_path, data_dir):
     assert run.preprocess.mean == pytest.approx((0.449,))
 
 
+@pytest.mark.slow
 def test_early_stopping_and_a_plateau(command, tmp_path):
     """Training at a rate of almost nothing, errors do not fall after the first epoch; the rate is
     halved after each epoch without a lower loss."""
@@ -384,6 +388,7 @@ def test_early_stopping_and_a_plateau(command, tmp_path):
     assert best.step < int(rows[-1]["step"])
 
 
+@pytest.mark.slow
 def test_divergence(command):
     status, printed, _ = command(
         "--model", "cifar_plain8", "--optimizer", "sgd", "--learning-rate", "1e30", "--epochs", "2",
@@ -502,6 +507,7 @@ def events(directory):
     return scalars
 
 
+@pytest.mark.slow
 def test_tensorboard_has_the_metrics(command, train, tmp_path, monkeypatch):
     """Of every epoch once, also of one that was not measured yet when its step was saved."""
     arguments = ("--model", "cifar_resnet8", "--steps", "22", "--out", "out", "--tensorboard")

@@ -500,6 +500,7 @@ def test_damaged_records_are_not_skipped(tmp_path):
             path.write_bytes(bytes(100))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("skip", [True, False])
 def test_a_run_whose_pictures_are_damaged_on_the_way(
     train, pictures, tmp_path, monkeypatch, capsys, skip

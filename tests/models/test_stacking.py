@@ -74,6 +74,7 @@ def compile_gradient(depth, **settings):
     return quick_jit(jax.grad(loss)).lower(variables["params"], variables, images).compile()
 
 
+@pytest.mark.slow
 def test_operations_grow_in_proportion_to_depth():
     # Six blocks more, and again six. Recomputing the residual stream in every later block, as XLA
     # does when the rectifier is a maximum, gives 1.26.

@@ -36,6 +36,7 @@ def test_evaluation(name):
         assert relative_error(apply(variables, images), theirs) <= 1e-4, size
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "name", ["resnet18", *(pytest.param(n, marks=slow) for n in ("resnet50", "vgg11_bn"))]
 )
