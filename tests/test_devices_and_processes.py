@@ -177,7 +177,7 @@ def test_what_one_refuses_all_refuse(arguments, tmp_path):
 def test_workers_are_for_one_device():
     status, _, err = finish(*COMMAND, "--depths", "8", "--workers", "2", **devices(2))
     assert status == 2
-    assert err.startswith("error: --workers 2 is for a single device, and there are 2")
+    assert err.startswith("error: --workers 2 is for a single device, but there are 2")
     assert err.count("\n") == 1
 
 
