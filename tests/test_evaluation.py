@@ -151,7 +151,7 @@ def test_logits_batch_by_batch(count, batch, used):
 SCRIPT = """
 import flax.linen as nn, jax, numpy as np
 from flaxnets.data import Preprocess
-from flaxnets.evaluation import compute_logits
+from flaxnets.training.evaluation import compute_logits
 
 class Mean(nn.Module):
     @nn.compact

@@ -9,7 +9,7 @@ SCRIPT = """
 import resource
 import threading
 import numpy as np
-from flaxnets.memory import keep_memory
+from flaxnets.cli.memory import keep_memory
 
 if {keep}:
     keep_memory()
