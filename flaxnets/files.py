@@ -39,6 +39,22 @@ def write_atomic(path: Path, content: str | bytes) -> None:
             raise
 
 
+def cache_directory() -> Path:
+    """Return the directory of this library in the user's cache, which need not exist."""
+    cache = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
+    return Path(cache) / "flaxnets"
+
+
+def write_cache(path: Path, content: str | bytes) -> bool:
+    """Write to the cache, which nothing depends on, and return whether that succeeded."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_atomic(path, content)
+    except OSError:
+        return False
+    return True
+
+
 def set_aside(path: Path, suffix: str) -> Path:
     """Rename `path` to the first free one of `path.suffix`, `path.suffix-2` ..., and return that.
 

@@ -11,8 +11,7 @@ from typing import Any, NamedTuple
 import PIL
 
 from flaxnets.data.images import check_picture
-from flaxnets.errors import StorageError
-from flaxnets.files import write_atomic
+from flaxnets.files import cache_directory, write_cache
 
 READ_AT_ONCE = 16
 # Ctrl-C takes effect after at most this many pictures.
@@ -64,19 +63,8 @@ def check_pictures(
 
 def cache_path(root: Path, suffix: str) -> Path:
     """Return the path of a file about the folder `root` in the user's cache directory."""
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache"))
     digest = hashlib.sha256(os.fsencode(os.path.abspath(root))).hexdigest()
-    return cache / "flaxnets" / f"pictures-{digest[:16]}{suffix}"
-
-
-def write_cache(path: Path, content: str | bytes) -> bool:
-    """Write to the cache, which nothing depends on, and return whether that succeeded."""
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        write_atomic(path, content)
-    except (StorageError, OSError):
-        return False
-    return True
+    return cache_directory() / f"pictures-{digest[:16]}{suffix}"
 
 
 def _check(path: Path, known: Check | None) -> Check:

@@ -11,9 +11,10 @@ from pathlib import Path
 
 import numpy as np
 
-from flaxnets.data.checks import Check, cache_path, check_pictures, write_cache
+from flaxnets.data.checks import Check, cache_path, check_pictures
 from flaxnets.data.stream import StreamedDataset
 from flaxnets.errors import FallbackWarning, InputError
+from flaxnets.files import write_cache
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp")
 TEST_FOLDERS = ("test", "val", "validation")

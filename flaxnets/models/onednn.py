@@ -16,6 +16,7 @@ import jax
 import jaxlib.version
 
 from flaxnets.errors import FallbackWarning, InputError
+from flaxnets.files import cache_directory, write_cache
 
 # A jaxlib in which the custom call has changed would crash the process.
 TESTED_JAXLIB = ((0, 10, 2), (0, 13, 0))
@@ -85,11 +86,7 @@ def _passes_check() -> bool:
         passed = _run_check()
         verdict = "works" if passed else "fails"
         if passed is not None:
-            try:
-                path.parent.mkdir(parents=True, exist_ok=True)
-                path.write_text(verdict, encoding="utf-8")
-            except OSError:
-                pass  # no home directory, or a full disk: the next process checks again
+            write_cache(path, verdict)  # if that fails, the next process checks again
     if verdict == "fails":
         warnings.warn(
             "oneDNN's convolutions do not work on this machine; XLA's slower ones are used "
@@ -124,8 +121,7 @@ def _verdict_path() -> Path:
     ]
     facts += sorted({line for line in _read_cpuinfo() if line.startswith(("model name", "flags"))})
     digest = hashlib.sha256("\n".join(facts).encode(errors="surrogateescape")).hexdigest()
-    cache = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
-    return Path(cache) / "flaxnets" / f"onednn-{digest[:16]}"
+    return cache_directory() / f"onednn-{digest[:16]}"
 
 
 def _run_check() -> bool | None:
