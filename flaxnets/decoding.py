@@ -1,0 +1,62 @@
+"""Decoding of stored JSON into typed values: files may come from an untrusted source.
+
+msgspec decodes ordinary frozen dataclasses, unlike pydantic without decorating them or a module of
+its own for their configuration, and has no dependencies. It does not report unknown fields of
+dataclasses, so this module does.
+"""
+
+from typing import Annotated, Any, TypeVar
+
+import msgspec
+
+from flaxnets.errors import InputError
+
+T = TypeVar("T")
+
+Count = Annotated[int, msgspec.Meta(ge=0, lt=2**63)]
+Positive = Annotated[int, msgspec.Meta(gt=0, lt=2**63)]
+# NaN and infinities are outside every range.
+Finite = Annotated[float, msgspec.Meta(ge=-1e300, le=1e300)]
+
+
+def decode(kind: type[T], value: object, what: str) -> T:
+    """Convert JSON data to a value of type `kind`: a dataclass, or a container of plain values.
+
+    Nothing is coerced, apart from lists to tuples and whole numbers to floats.
+
+    Args:
+      what: name of the value in the error message, such as `its config`.
+
+    Raises:
+      InputError: a field is missing, unknown or invalid; the message names it.
+    """
+    try:
+        decoded = msgspec.convert(value, kind, strict=True)
+    except (msgspec.ValidationError, RecursionError) as error:
+        # msgspec calls the outermost value `$`.
+        reason = str(error).replace(" - at `$.", " - at `").replace("`", "")
+        raise InputError(f"{what} is invalid ({reason})") from error
+    if name := _find_unknown(value, encode(decoded)):
+        raise InputError(f"{what} is invalid (it has an unknown field {name})")
+    return decoded
+
+
+def encode(value: object) -> Any:
+    """Convert a typed value to JSON data, of which `decode` makes an equal value."""
+    return msgspec.to_builtins(value)
+
+
+def _find_unknown(given: Any, known: Any, name: str = "") -> str | None:
+    """Return the name of a field that `given` has but `known` has not, or None."""
+    if isinstance(given, dict) and isinstance(known, dict):
+        for key, entry in given.items():
+            inner = f"{name}.{key}".strip(".")
+            if key not in known:
+                return inner
+            if found := _find_unknown(entry, known[key], inner):
+                return found
+    if isinstance(given, list) and isinstance(known, list):
+        for entry, known_entry in zip(given, known, strict=True):
+            if found := _find_unknown(entry, known_entry, name):
+                return found
+    return None

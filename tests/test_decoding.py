@@ -1,0 +1,71 @@
+"""Typed values from JSON: strict, and one clear line for whatever does not fit."""
+
+import math
+from dataclasses import dataclass
+
+import pytest
+
+from flaxnets.decoding import Count, Finite, decode, encode
+from flaxnets.errors import InputError
+
+
+@dataclass(frozen=True)
+class Inner:
+    mean: tuple[Finite, ...]
+
+
+@dataclass(frozen=True)
+class Outer:
+    count: Count
+    inner: Inner
+    factor: float | tuple[float, ...] = 0.1
+
+    def __post_init__(self) -> None:
+        if self.count == 13:
+            raise InputError("13 is no count")
+
+
+GOOD = {"count": 1, "inner": {"mean": [1, 2.5]}, "factor": [1, 2]}
+
+
+def test_values_survive_a_round_trip():
+    value = decode(Outer, GOOD, "it")
+    assert value == Outer(1, Inner((1.0, 2.5)), (1.0, 2.0))
+    assert decode(Outer, encode(value), "it") == value
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"count": True}, "count"),
+        ({"count": 1.0}, "count"),
+        ({"count": -1}, "count"),
+        ({"count": 2**63}, "count"),
+        ({"count": 13}, "13 is no count"),
+        ({"inner": None}, "inner"),
+        ({"inner": {"mean": [math.nan]}}, "mean"),
+        ({"inner": {"mean": [math.inf]}}, "mean"),
+        ({"inner": {"mean": "12"}}, "mean"),
+        ({"inner": {"mean": [1], "std": [1]}}, "unknown field inner.std"),
+        ({"factor": ["a"]}, "factor"),
+        ({"more": 1}, "unknown field more"),
+    ],
+)
+def test_anything_else_is_refused_by_name(change, words):
+    with pytest.raises(InputError, match=words):
+        decode(Outer, {**GOOD, **change}, "it")
+
+
+def test_a_missing_field_and_another_kind_of_value_are_refused():
+    with pytest.raises(InputError, match="it is invalid .*count"):
+        decode(Outer, {"inner": {"mean": []}}, "it")
+    with pytest.raises(InputError, match="it is invalid .*list|it is invalid .*array"):
+        decode(Outer, [], "it")
+
+
+def test_deep_nesting_is_refused():
+    nested: list = []
+    for _ in range(100_000):
+        nested = [nested]
+    with pytest.raises(InputError, match="it is invalid"):
+        decode(Outer, {**GOOD, "inner": {"mean": nested}}, "it")
