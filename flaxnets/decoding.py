@@ -13,8 +13,8 @@ from flaxnets.errors import InputError
 
 T = TypeVar("T")
 
-Count = Annotated[int, msgspec.Meta(ge=0, lt=2**63)]
-Positive = Annotated[int, msgspec.Meta(gt=0, lt=2**63)]
+Count = Annotated[int, msgspec.Meta(ge=0, le=2**63 - 1)]
+Positive = Annotated[int, msgspec.Meta(gt=0, le=2**63 - 1)]
 # NaN and infinities are outside every range.
 Finite = Annotated[float, msgspec.Meta(ge=-1e300, le=1e300)]
 

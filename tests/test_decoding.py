@@ -57,9 +57,9 @@ def test_anything_else_is_refused_by_name(change, words):
 
 
 def test_a_missing_field_and_another_kind_of_value_are_refused():
-    with pytest.raises(InputError, match="it is invalid .*count"):
+    with pytest.raises(InputError, match=r"it is invalid .*count"):
         decode(Outer, {"inner": {"mean": []}}, "it")
-    with pytest.raises(InputError, match="it is invalid .*list|it is invalid .*array"):
+    with pytest.raises(InputError, match=r"it is invalid .*list|it is invalid .*array"):
         decode(Outer, [], "it")
 
 
@@ -67,5 +67,5 @@ def test_deep_nesting_is_refused():
     nested: list = []
     for _ in range(100_000):
         nested = [nested]
-    with pytest.raises(InputError, match="it is invalid"):
+    with pytest.raises(InputError, match=r"it is invalid"):
         decode(Outer, {**GOOD, "inner": {"mean": nested}}, "it")
