@@ -6,25 +6,23 @@ import os
 import socket
 import stat
 import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 import jax
 
+from flaxnets.decoding import decode, encode
 from flaxnets.errors import DamageWarning, InputError
 from flaxnets.files import set_aside, storage_errors, write_atomic
 from flaxnets.parallel import gather_texts, is_primary, raise_on_all_processes
-from flaxnets.studies.config import check_config
-from flaxnets.training.checkpoints import Checkpoints, comparable
+from flaxnets.training.checkpoints import Checkpoints
+from flaxnets.training.config import RunConfig, StudyConfig, comparable, read_config
+from flaxnets.training.environment import Environment
 
 RUN_FILES: tuple[str, ...] = ("config.json", "checkpoints")
-
-
-def run_key(config: dict[str, Any]) -> tuple[str, int, int]:
-    """Return kind, depth and seed of a run's config."""
-    return config["kind"], config["depth"], config["seed"]
 
 
 def run_directory(out: Path, kind: str, depth: int, seed: int) -> Path:
@@ -69,7 +67,7 @@ def check_output_dir(out: Path, what: Literal["study", "run"] = "study") -> None
         raise InputError(f"--out {out}: {error.strerror}; give another directory") from error
 
 
-def check_run(out: Path, config: dict[str, Any]) -> None:
+def check_run(out: Path, config: RunConfig) -> None:
     """Check that `out` holds no run but that of `config`, without writing anything.
 
     Raises:
@@ -86,13 +84,13 @@ def check_run(out: Path, config: dict[str, Any]) -> None:
             )
 
 
-def check_processes_agree(work: dict[str, Any]) -> None:
+def check_processes_agree(work: Mapping[str, object]) -> None:
     """Check that all processes of a study were given the same `work`.
 
     Raises:
       InputError: in all processes; the message lists the differences.
     """
-    first, *others = map(json.loads, gather_texts(json.dumps(work)))
+    first, *others = map(json.loads, gather_texts(json.dumps(encode(work))))
     for number, other in enumerate(others, 1):
         if differences := list_differences(first, other):
             raise InputError(
@@ -119,8 +117,29 @@ def read_json(path: Path) -> dict[str, Any] | None:
     return value
 
 
-def read_study_file(out: Path) -> dict[str, Any]:
-    return read_json(out / "study.json") or {}
+@dataclass(frozen=True)
+class StudyFile:
+    """Content of `study.json`: the definition of the study, and where its runs were trained."""
+
+    study: StudyConfig
+    environments: list[Environment]
+
+
+def read_study_file(out: Path) -> StudyFile | None:
+    """Read `study.json`; None if there is none or, with a warning, if it is damaged."""
+    path = out / "study.json"
+    value = read_json(path)
+    if value is None:
+        return None
+    try:
+        return decode(StudyFile, value, "it")
+    except InputError as error:
+        warnings.warn(
+            f"{path} is damaged: {error}; the checkpoints are used instead",
+            DamageWarning,
+            stacklevel=3,
+        )
+        return None
 
 
 def list_differences(before: Any, now: Any, name: str = "") -> list[str]:
@@ -149,15 +168,13 @@ def suggest_free_name(out: Path) -> Path:
     return out.with_name(f"{out.name}-{number}")
 
 
-def write_study(
-    out: Path, definition: dict[str, Any], environments: Iterable[dict[str, Any]]
-) -> None:
+def write_study(out: Path, study: StudyConfig, environments: Iterable[Environment]) -> None:
     """Write `study.json` in the primary process, adding `environments` to those it lists."""
     if is_primary():
-        stored = read_study_file(out).get("environments")
-        known = [*(stored if isinstance(stored, list) else []), *environments]
+        stored = read_study_file(out)
+        known = [*(stored.environments if stored is not None else []), *environments]
         known = [each for i, each in enumerate(known) if each not in known[:i]]
-        text = json.dumps({"study": definition, "environments": known}, indent=2)
+        text = json.dumps(encode(StudyFile(study, known)), indent=2)
         write_atomic(out / "study.json", text + "\n")
 
 
@@ -214,27 +231,27 @@ def set_foreign_aside(path: Path) -> None:
         warnings.warn(f"{path} is set aside as {aside}", DamageWarning, stacklevel=3)
 
 
-def begin_run(directory: Path, config: dict[str, Any]) -> None:
+def begin_run(directory: Path, config: RunConfig) -> None:
     """Write the `config.json` of a run to be trained, in the primary process.
 
     Without checkpoints, an existing file that is not a run's config is set aside.
     """
     if is_primary() and not any(directory.glob("checkpoints/*")):
         try:
-            check_config(read_json(directory / "config.json"))
+            read_config(read_json(directory / "config.json"))
         except InputError:
             set_foreign_aside(directory / "config.json")
     write_config(directory, config)
 
 
-def write_config(directory: Path, config: dict[str, Any]) -> None:
+def write_config(directory: Path, config: RunConfig) -> None:
     """Write a run's `config.json`, in the primary process."""
     if is_primary():
         with storage_errors(directory, 0):
             # Do not recreate the study's directory: if it is gone, so are its files.
             directory.parent.mkdir(exist_ok=True)
             directory.mkdir(exist_ok=True)
-        write_atomic(directory / "config.json", json.dumps(config, indent=2) + "\n")
+        write_atomic(directory / "config.json", json.dumps(encode(config), indent=2) + "\n")
 
 
 def find_runs(out: Path) -> list[Path]:
