@@ -99,22 +99,21 @@ def check_processes_agree(work: Mapping[str, object]) -> None:
             )
 
 
-def read_json(path: Path) -> dict[str, Any] | None:
-    """Read a JSON object; None if there is no file or, with a warning, if it is damaged."""
+def read_json(path: Path) -> object:
+    """Read JSON; None if there is no file.
+
+    Raises:
+      InputError: the file is damaged.
+    """
     try:
         # A link could lead elsewhere, and reading a pipe could block forever.
-        regular = stat.S_ISREG(path.lstat().st_mode)
-        value = json.loads(path.read_text(encoding="utf-8")) if regular else None
+        if not stat.S_ISREG(path.lstat().st_mode):
+            raise ValueError("it is no regular file")
+        return json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         return None
-    except (ValueError, RecursionError, OSError):
-        value = None
-    if not isinstance(value, dict):
-        warnings.warn(
-            f"{path} is damaged; the checkpoints are used instead", DamageWarning, stacklevel=3
-        )
-        return None
-    return value
+    except (ValueError, RecursionError, OSError) as error:
+        raise InputError(f"{path} is damaged") from error
 
 
 @dataclass(frozen=True)
@@ -125,20 +124,16 @@ class StudyFile:
     environments: list[Environment]
 
 
-def read_study_file(out: Path) -> StudyFile | None:
-    """Read `study.json`; None if there is none or, with a warning, if it is damaged."""
+def read_study_file(out: Path, warn: bool = True) -> StudyFile | None:
+    """Read `study.json`; None if there is none or, with a warning, if it is damaged or foreign."""
     path = out / "study.json"
-    value = read_json(path)
-    if value is None:
-        return None
     try:
-        return decode(StudyFile, value, "it")
+        value = read_json(path)
+        return None if value is None else decode(StudyFile, value, f"{path} is damaged: it")
     except InputError as error:
-        warnings.warn(
-            f"{path} is damaged: {error}; the checkpoints are used instead",
-            DamageWarning,
-            stacklevel=3,
-        )
+        if warn:
+            message = f"{error}; the checkpoints are used instead"
+            warnings.warn(message, DamageWarning, stacklevel=3)
         return None
 
 

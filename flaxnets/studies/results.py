@@ -141,7 +141,9 @@ def check_study(out: Path, study: StudyConfig, configs: Iterable[RunConfig]) -> 
         runs = decode(list[Run], shared, "the record of the runs")
     saved = [run.config for run in runs if run.saved]
     pairs: list[tuple[StudyConfig, StudyConfig]] = [(config.study, study) for config in saved]
-    if not saved and (stored := read_study_file(out)) is not None:
+    # Without a checkpoint there is nothing to use instead.
+    stored = read_study_file(out, warn=bool(saved))
+    if not saved and stored is not None:
         pairs = [(stored.study, study)]
     pairs += [(config, planned[config.key]) for config in saved if config.key in planned]
     for before, now in pairs:
@@ -179,7 +181,7 @@ def open_study(
         check_shared(out)
         runs = check_study(out, study, configs)
         if is_primary():
-            if not runs and read_study_file(out) is None:
+            if not runs and read_study_file(out, warn=False) is None:
                 set_foreign_aside(out / "study.json")
             write_study(out, study, [each for run in runs for each in run.environments])
             for run in runs:
@@ -220,10 +222,10 @@ def _read_run(out: Path, directory: Path, checkpoints: Checkpoints) -> Run | Non
         _check_place(out, directory, config)
         result = checkpoints.read_result().check_splits()
         return Run(config, result, True, tuple(checkpoints.read_environments()))
-    value = read_json(directory / "config.json")
-    if value is None:
-        return None
     try:
+        value = read_json(directory / "config.json")
+        if value is None:
+            return None
         config = read_config(value)
         _check_place(out, directory, config)
     except InputError as error:
