@@ -50,7 +50,7 @@ from flaxnets.studies.directory import check_output_dir, check_processes_agree, 
 from flaxnets.studies.estimate import estimate_study
 from flaxnets.studies.grid import Plan
 from flaxnets.studies.results import Run, check_study, curves
-from flaxnets.study import StudyResults, check_workers, default_workers, train_plan
+from flaxnets.study import StudyResults, check_workers, default_recipe, default_workers, train_plan
 from flaxnets.text import duration, plural
 from flaxnets.training import RECIPES, CheckpointEvery, Recipe
 
@@ -174,9 +174,9 @@ def parse_arguments(arguments: list[str] | None) -> Options:
     )
 
 
-def choose_recipe(args: argparse.Namespace) -> Recipe | str | None:
+def choose_recipe(args: argparse.Namespace) -> Recipe:
     """Return the requested recipe, with the overrides of the command line."""
-    name = args.recipe or ("digits" if args.dataset == "digits" else "he2015-cifar")
+    name = args.recipe or default_recipe(args.dataset)
     check_choice("--recipe", name, tuple(RECIPES))
     recipe = RECIPES[name]
     if args.epochs:

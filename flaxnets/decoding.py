@@ -5,6 +5,7 @@ its own for their configuration, and has no dependencies. It does not report unk
 dataclasses, so this module does.
 """
 
+import json
 from typing import Annotated, Any, TypeVar
 
 import msgspec
@@ -43,7 +44,8 @@ def decode(kind: type[T], value: object, what: str) -> T:
 
 def encode(value: object) -> Any:
     """Convert a typed value to JSON data, of which `decode` makes an equal value."""
-    return msgspec.to_builtins(value)
+    # Python's own JSON has NaN and infinities, and no tuples.
+    return json.loads(json.dumps(msgspec.to_builtins(value)))
 
 
 def _find_unknown(given: Any, known: Any, name: str = "") -> str | None:

@@ -133,12 +133,16 @@ class Study:
         """The recipe of all runs."""
         if isinstance(self.recipe, Recipe):
             return self.recipe
-        return RECIPES[self.recipe or ("digits" if self.dataset == "digits" else "he2015-cifar")]
+        return RECIPES[self.recipe or default_recipe(self.dataset_name)]
+
+    @property
+    def dataset_name(self) -> str:
+        return self.dataset if isinstance(self.dataset, str) else self.dataset.name
 
     @property
     def default_out(self) -> Path:
         """Directory of the study unless another one is given."""
-        name = self.dataset if isinstance(self.dataset, str) else self.dataset.name
+        name = self.dataset_name
         if name.startswith("folder:"):
             name = Path(name.removeprefix("folder:")).resolve().name or "folder"
         return Path("runs/degradation") / f"{name}-{self.family}"
@@ -333,6 +337,11 @@ def _print_unlogged(plan: Plan, out: Path, runs: list[Run], console: Console) ->
     if without:
         line = f"already finished, so no gradients are logged: {', '.join(without)}"
         console.print(line, soft_wrap=True)
+
+
+def default_recipe(dataset: str) -> str:
+    """Return the name of the recipe for a data set if none is given."""
+    return "digits" if dataset == "digits" else "he2015-cifar"
 
 
 def default_workers() -> int:

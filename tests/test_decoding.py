@@ -63,6 +63,12 @@ def test_a_missing_field_and_another_kind_of_value_are_refused():
         decode(Outer, [], "it")
 
 
+def test_unknown_fields_are_found_in_lists_too():
+    value = {"values": [{"mean": [1]}, {"mean": [1], "std": [1]}]}
+    with pytest.raises(InputError, match=r"unknown field values\.std"):
+        decode(dict[str, list[Inner]], value, "it")
+
+
 def test_deep_nesting_is_refused():
     nested: list = []
     for _ in range(100_000):

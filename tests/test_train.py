@@ -399,11 +399,12 @@ def test_divergence(command):
     assert "try a lower --learning-rate" in printed
 
 
-def test_depth_is_not_read_from_a_name(train, tmp_path):
+def test_depth_is_not_read_from_a_name(train, data_dir):
     """A warm-up for networks of depth 110 and more is not for AlexNet, of the year 2012."""
-    args = train.parse_arguments(["--model", "alexnet2012", "--recipe", "he2015-cifar"])
-    assert args.depth == 8
-    schedule = train.choose_recipe(args).make_schedule(64_000, args.depth)
+    arguments = ["--model", "alexnet2012", "--recipe", "he2015-cifar", "--image-size", "224"]
+    run, _ = train.plan(train.parse_arguments([*arguments, "--data-dir", str(data_dir)]))
+    assert run.config.depth == 8
+    schedule = run.config.recipe.make_schedule(64_000, run.config.depth)
     assert float(schedule(0)) == pytest.approx(0.1)
 
 

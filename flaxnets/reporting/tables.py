@@ -11,6 +11,7 @@ from flaxnets.studies.grid import Plan
 from flaxnets.studies.results import Network
 from flaxnets.text import duration, millions
 from flaxnets.training import RunConfig
+from flaxnets.training.recipes import PRESETS
 
 
 def network_name(config: RunConfig) -> str:
@@ -83,3 +84,16 @@ def _mean_and_spread(network: Network, metric: str, digits: int) -> str:
     if math.isnan(mean):
         return "-"
     return f"{mean:.{digits}f}" + ("" if math.isnan(spread) else f" ± {spread:.{digits}f}")
+
+
+def recipes_table() -> Table:
+    """Make a table of all recipes, with their sources."""
+    table = Table(box=box.SIMPLE_HEAD)
+    table.add_column("recipe", no_wrap=True)
+    for heading in ("length", "batch", "optimizer", "schedule", "source"):
+        table.add_column(heading)
+    for recipe, source in PRESETS:
+        length = f"{recipe.steps:,} steps" if recipe.steps else f"{recipe.epochs} epochs"
+        rule = f"{recipe.optimizer} {recipe.learning_rate:g}"
+        table.add_row(recipe.name, length, str(recipe.batch_size), rule, recipe.schedule, source)
+    return table

@@ -19,7 +19,7 @@ from flaxnets.errors import DamageWarning, InputError
 from flaxnets.files import set_aside, storage_errors, write_atomic
 from flaxnets.parallel import gather_texts, is_primary, raise_on_all_processes
 from flaxnets.training.checkpoints import Checkpoints
-from flaxnets.training.config import RunConfig, StudyConfig, comparable, read_config
+from flaxnets.training.config import RunConfig, StudyConfig, comparable, read_config, upgrade
 from flaxnets.training.environment import Environment
 
 RUN_FILES: tuple[str, ...] = ("config.json", "checkpoints")
@@ -129,7 +129,11 @@ def read_study_file(out: Path, warn: bool = True) -> StudyFile | None:
     path = out / "study.json"
     try:
         value = read_json(path)
-        return None if value is None else decode(StudyFile, value, f"{path} is damaged: it")
+        if value is None:
+            return None
+        if isinstance(value, dict) and "study" in value:
+            value = {**value, "study": upgrade(value["study"])}
+        return decode(StudyFile, value, f"{path} is damaged: it")
     except InputError as error:
         if warn:
             message = f"{error}; the checkpoints are used instead"

@@ -171,7 +171,16 @@ def read_config(value: object) -> RunConfig:
     Raises:
       InputError: `value` is not such a config; the message names the field.
     """
-    return decode(RunConfig, value, "its config")
+    return decode(RunConfig, upgrade(value), "its config")
+
+
+def upgrade(value: object) -> object:
+    """Return a stored config in today's form: the first recipes had `augment` true or false."""
+    if not isinstance(value, dict) or not isinstance(recipe := value.get("recipe"), dict):
+        return value
+    if not isinstance(augment := recipe.get("augment"), bool):
+        return value
+    return {**value, "recipe": {**recipe, "augment": "default" if augment else "none"}}
 
 
 def comparable(config: StudyConfig) -> dict[str, Any]:

@@ -1,0 +1,267 @@
+"""A run outside a study: one network on any images, with validation and initial weights."""
+
+import json
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import flax.linen as nn
+import jax
+import numpy as np
+import optax
+
+from flaxnets.data import Augmentation, Dataset, Preprocess, Split
+from flaxnets.data.batches import imagenet_statistics
+from flaxnets.data.stream import StreamedDataset, Subset, hold_out
+from flaxnets.decoding import encode
+from flaxnets.errors import InputError
+from flaxnets.files import storage_errors, write_atomic
+from flaxnets.models import create_model, published_image_shape
+from flaxnets.models.cost import Cost, count_cost, count_depth
+from flaxnets.models.resnet import ResNet
+from flaxnets.parallel import data_mesh
+from flaxnets.studies.directory import begin_run, check_run, lock_directory
+from flaxnets.studies.init_from import HEAD, InitialWeights
+from flaxnets.text import duration
+from flaxnets.training import Checkpoints, Recipe, RunConfig, RunResult, TrainSetup
+from flaxnets.training.checkpoints import read_newest
+from flaxnets.training.config import DTYPES, DatasetConfig, ModelConfig, Precision
+from flaxnets.training.result import best_epoch
+
+
+@dataclass(frozen=True)
+class RunData:
+    """The images of a run: a data set, and which of its training images are for what.
+
+    Attributes:
+      train_rows, validation_rows: indices of training images.
+    """
+
+    dataset: Dataset | StreamedDataset
+    train_rows: np.ndarray
+    validation_rows: np.ndarray
+
+    @property
+    def streamed(self) -> bool:
+        return isinstance(self.dataset, StreamedDataset)
+
+    @property
+    def num_test(self) -> int:
+        return num_images(self.dataset.test)
+
+
+@dataclass(frozen=True)
+class PlannedRun:
+    """A run before it starts."""
+
+    config: RunConfig
+    data: RunData
+    model: nn.Module
+    cost: Cost
+
+
+def num_images(split: Any) -> int:
+    return len(split.labels) if isinstance(split, Split) else len(split)
+
+
+def split_off_validation(
+    dataset: Dataset | StreamedDataset, count: int | None, needed: bool
+) -> RunData:
+    """Hold out `count` training images to validate on, evenly over the classes.
+
+    If `count` is None, a tenth of the images is held out where validation is `needed`.
+
+    Raises:
+      InputError: no image would be left to train on.
+    """
+    images, labels = num_images(dataset.train), dataset.train.labels
+    if count is None:
+        count = images // 10 if needed else 0
+    if count >= images:
+        raise InputError(f"--validation {count}: there are {images} training images; give fewer")
+    if not count:
+        return RunData(dataset, np.arange(images), np.arange(0))
+    return RunData(dataset, *hold_out(images if labels is None else labels, count))
+
+
+def choose_preprocess(
+    model: str, dataset: Dataset | StreamedDataset, recipe: Recipe, start: InitialWeights | None
+) -> Preprocess:
+    """Choose image sizes by the data, and the statistics for normalisation by the initial weights.
+
+    Without initial weights the statistics are the data's own. A stream is not read for them, and
+    gets ImageNet's, as in torchvision's references.
+    """
+    if isinstance(dataset, StreamedDataset):
+        size = recipe.image_size or published_image_shape(model)[0]
+        shape = (size, size, dataset.channels)
+        own = Preprocess(shape, *imagenet_statistics(dataset.channels))
+    else:
+        own = dataset.preprocess
+    if start is None:
+        return own
+    if start.preprocess is not None:
+        return replace(own, mean=start.preprocess.mean, std=start.preprocess.std)
+    mean, std = imagenet_statistics(own.image_shape[2])
+    return replace(own, mean=mean, std=std)
+
+
+def plan_run(
+    name: str,
+    data: RunData,
+    dataset_name: str,
+    recipe: Recipe,
+    seed: int,
+    precision: Precision,
+    preprocess: Preprocess,
+    start: InitialWeights | None = None,
+    freeze_backbone: bool = False,
+    patience: int | None = None,
+) -> PlannedRun:
+    """Build the network called `name`, count its cost and make the config of its run.
+
+    Args:
+      dataset_name: name of the data set as it was typed.
+      start: initial weights; None to initialise at random.
+    """
+    dataset, num_train = data.dataset, len(data.train_rows)
+    model = create_model(name, dataset.num_classes, dtype=DTYPES[precision])
+    try:
+        cost = count_cost(model, preprocess.input_shape, dataset.num_classes)
+    except InputError as error:
+        raise InputError(f"{error}; give a larger --image-size") from error
+    folder = dataset_name.removeprefix("folder:")
+    config = RunConfig(
+        kind=name,
+        depth=count_depth(create_model(name), published_image_shape(name)),
+        seed=seed,
+        model=ModelConfig(dataset.num_classes, name),
+        blocks=tuple(model.stage_sizes) if isinstance(model, ResNet) else (),
+        block=model.block if isinstance(model, ResNet) else None,
+        parameters=cost.parameters,
+        precision=precision,
+        class_names=tuple(dataset.class_names),
+        preprocess=preprocess,
+        dataset=DatasetConfig(
+            name=dataset_name,
+            # The name is as typed, and the next command may run in another directory.
+            path=None if folder == dataset_name else os.path.abspath(folder),
+            version=dataset.version,
+            streamed=data.streamed,
+            train_examples=num_train,
+            validation_examples=len(data.validation_rows),
+            test_examples=data.num_test,
+            sha256=dataset.fingerprint(),
+        ),
+        augmentation=Augmentation()
+        if isinstance(dataset, StreamedDataset)
+        else dataset.augmentation,
+        recipe=recipe,
+        freeze_backbone=freeze_backbone,
+        patience=patience,
+        total_steps=recipe.total_steps(num_train),
+        init_from=None if start is None else start.origin,
+    )
+    return PlannedRun(config, data, model, cost)
+
+
+def make_setup(run: PlannedRun, data_workers: int = 0, skip_unreadable: bool = False) -> TrainSetup:
+    """Set up the data pipeline and the train and evaluation steps."""
+    config, data, mesh = run.config, run.data, data_mesh()
+    dataset, train, validation = data.dataset, data.train_rows, data.validation_rows
+    more: dict[str, Any] = {
+        "optimizer": choose_optimizer(config),
+        "frozen": config.freeze_backbone,
+        "patience": config.patience,
+    }
+    if isinstance(dataset, StreamedDataset):
+        splits: dict[str, Any] = {"test": dataset.test}
+        if len(validation):
+            splits = {"validation": Subset(dataset.train, validation), **splits}
+        return TrainSetup.stream(
+            run.model,
+            config.depth,
+            config.recipe,
+            Subset(dataset.train, train),
+            config.preprocess,
+            mesh,
+            config.seed,
+            splits,
+            workers=data_workers,
+            skip_unreadable=skip_unreadable,
+            **more,
+        )
+    rows = Split(*(array[train] for array in dataset.train))
+    part = replace(dataset, train=rows, preprocess=config.preprocess)
+    splits = {"test": dataset.test}
+    if len(validation):
+        held_out = Split(*(array[validation] for array in dataset.train))
+        splits = {"validation": held_out, **splits}
+    return TrainSetup.create(run.model, config.depth, config.recipe, part, mesh, splits, **more)
+
+
+def choose_optimizer(config: RunConfig) -> optax.GradientTransformation:
+    """Make the recipe's optimizer, for the classifier only if the backbone is frozen."""
+    optimizer = config.recipe.make_optimizer(config.total_steps, config.depth)
+    if not config.freeze_backbone:
+        return optimizer
+
+    def labels(params: Any) -> Any:
+        return {
+            name: jax.tree.map(lambda _, name=name: "train" if name == HEAD else "freeze", child)
+            for name, child in params.items()
+        }
+
+    return optax.multi_transform({"train": optimizer, "freeze": optax.set_to_zero()}, labels)
+
+
+@contextmanager
+def open_run(out: Path, config: RunConfig) -> Iterator[None]:
+    """Create and lock `out`, the directory of this run."""
+    with storage_errors(out / "config.json", 0):
+        out.mkdir(parents=True, exist_ok=True)
+    with lock_directory(out):
+        check_run(out, config)
+        begin_run(out, config)
+        yield
+
+
+def read_begun(out: Path) -> RunConfig | None:
+    """Read the config of the run in `out`, if it has a checkpoint."""
+    return read_newest(
+        out, lambda newest: newest.read_config() if newest.step is not None else None
+    )
+
+
+def write_environments(out: Path) -> None:
+    """Write `environment.json`: the environments in which the run was trained, in order."""
+    with Checkpoints(out, read_only=True) as checkpoints:
+        environments = checkpoints.read_environments() if checkpoints.step is not None else []
+    if environments:  # early runs did not record them
+        write_atomic(out / "environment.json", json.dumps(encode(environments), indent=2) + "\n")
+
+
+def describe(result: RunResult, best_step: int | None) -> str:
+    """Describe a run in a few words; `best_step` is the step of the best state, if it is kept."""
+    if result.status == "unfinished":
+        return f"stopped at step {result.step}"
+    if result.status == "diverged":
+        return (
+            f"diverged at step {result.diverged_step}, {duration(result.seconds)}; "
+            "try a lower --learning-rate"
+        )
+    last = result.rows[-1]
+    words = f"test error {last['test_error']:.2f} %, test loss {last['test_loss']:.4f}"
+    best = best_epoch(result.rows)
+    if best is not None:
+        row = result.rows[best]
+        words += (
+            f"; at the lowest validation error, {row['validation_error']:.2f} % after epoch "
+            f"{row['epoch']}, test error {row['test_error']:.2f} %"
+        )
+        if row["step"] != best_step:
+            words += " (that state is lost)"
+    return f"{words}; {duration(result.seconds)}"
