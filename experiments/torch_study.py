@@ -7,14 +7,19 @@ evaluations, and with the settings that make PyTorch fast. Saves nothing, and us
 random numbers.
 """
 
+import sys
 import time
+from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from benchmark import structure
-from contenders.torch_peer import Network
 
+if __name__ == "__main__":
+    sys.path.insert(0, str(Path(__file__).parents[1]))  # so that `experiments` can be imported
+
+from experiments.contenders.inputs import describe_architecture
+from experiments.contenders.torch_peer import Network
 from flaxnets.data import Split, load_dataset
 from flaxnets.training import RECIPES
 
@@ -38,8 +43,8 @@ def main() -> None:
         for depth in (18, 34, 56):
             began = time.perf_counter()
             torch.manual_seed(0)
-            settings = structure(f"cifar_{kind}{depth}")
-            network: Any = Network(**settings, channels=1)
+            architecture = describe_architecture(f"cifar_{kind}{depth}")
+            network: Any = Network(**architecture, channels=1)
             network.to(memory_format=torch.channels_last)
             for module in network.modules():
                 if isinstance(module, torch.nn.Conv2d):

@@ -13,8 +13,12 @@ import numpy as np
 import pytest
 
 import flaxnets
-from experiments.contenders import flax_example, ours, torch_peer
+from experiments.contenders import comparison, flax_example, inputs, ours, torch_peer
+from experiments.contenders.pool import Contender
+from experiments.contenders.report import Hardware, Measurement, Report, Settings, Timing
 from flaxnets.cli.main import run_command
+from flaxnets.decoding import encode
+from flaxnets.reporting.figures import draw_benchmark
 from tests.conftest import ROOT, load_script
 
 SCRIPT = ROOT / "experiments" / "benchmark.py"
@@ -75,9 +79,9 @@ def run_fakes(benchmark, capsys, tmp_path, monkeypatch):
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
 
     def run_fakes(fakes, *arguments):
-        contenders = {name: ("fake", settings) for name, settings in fakes.items()}
+        contenders = {name: Contender("fake", settings) for name, settings in fakes.items()}
         monkeypatch.setattr(benchmark, "CONTENDERS", contenders)
-        monkeypatch.setattr(benchmark, "SECONDS_A_ROUND", 0.04)
+        monkeypatch.setattr(comparison, "SECONDS_A_ROUND", 0.04)
         against = ",".join(name for name in fakes if name != "ours")
         arguments = ["--against", against, "--out", str(tmp_path / "out"), *arguments]
         status, out, err = run(benchmark, capsys, "--models", "cifar_resnet8", *arguments)
@@ -121,8 +125,8 @@ def test_torch_is_asked_for_only_where_it_is_needed(benchmark, capsys, tmp_path,
     status, _, err = run(benchmark, capsys, "--against", "flax-example,torch", "--out", "/none/x")
     assert status == 2
     assert "pip install -e '.[benchmark]'" in err
-    args = benchmark.parse_arguments(["--against", "flax-example", "--out", str(tmp_path)])
-    assert args.against == ["flax-example"]
+    options = benchmark.parse_arguments(["--against", "flax-example", "--out", str(tmp_path)])
+    assert options.against == ("flax-example",)
     code = f"import runpy, sys; runpy.run_path({str(SCRIPT)!r}, run_name='benchmark')"
     code += "; assert 'torch' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], check=True)
@@ -136,18 +140,19 @@ def test_torch_is_asked_for_only_where_it_is_needed(benchmark, capsys, tmp_path,
         ("resnet50", {"stage_sizes": (1, 1), "width": 8}),
     ],
 )
-def test_all_compute_the_same_loss(benchmark, tmp_path, monkeypatch, name, overrides):
+def test_all_compute_the_same_loss(tmp_path, monkeypatch, name, overrides):
     def create_model(name, num_classes, **others):
         return flaxnets.create_model(name, num_classes, **overrides, **others)
 
-    monkeypatch.setattr(benchmark, "create_model", create_model)
+    monkeypatch.setattr(inputs, "create_model", create_model)
     monkeypatch.setattr(ours, "create_model", create_model)
-    data = benchmark.make_data(image_size=8, batch_size=4)
+    data = inputs.make_data(image_size=8, batch_size=4)
     weights = str(tmp_path / "weights.npz")
     settings = {"data": data, "batch_size": 4, "bfloat16": False}
     mine = ours.Contender(model=name, device=None, weights=None, **settings)
     mine.save_weights(weights)
-    settings |= {"model": benchmark.structure(name), "device": "cpu", "weights": weights}
+    network = inputs.describe_architecture(name)
+    settings |= {"model": network, "device": "cpu", "weights": weights}
     expected = mine.loss()
     for peer in (torch_peer, flax_example):
         contender = peer.Contender(**settings)
@@ -222,6 +227,7 @@ def test_without_ours_there_is_nothing_to_compare(run_fakes):
     status, out, _, report = run_fakes({"ours": {"raises": True}, "torch": {}})
     assert status == 1
     assert "cifar_resnet8, ours: could not run: RuntimeError: no compiler" in out
+    assert list(report["models"][0]) == ["model", "contenders"]
     assert "nothing to compare" in report["models"][0]["contenders"]["torch"]["could_not_run"]
 
 
@@ -246,6 +252,23 @@ def test_time_that_is_over(run_fakes):
     assert 1 <= len(report["models"][0]["contenders"]["ours"]["rounds"]) < 100
     assert report["left_out"] == ["cifar_resnet10"]
     assert "left out, at the limit of 4 s: cifar_resnet10" in out
+
+
+@pytest.mark.parametrize("name", ["benchmark", "digits-size"])
+def test_published_reports_have_the_layout_of_new_ones(tmp_path, name):
+    """And their figures can be drawn again."""
+    text = (ROOT / "experiments" / "results" / "benchmark" / f"{name}.json").read_text()
+    stored = json.loads(text)
+    for model in stored["models"]:
+        for contender, timing in model["contenders"].items():
+            model["contenders"][contender] = Timing(**timing)
+    stored["models"] = [Measurement(**model) for model in stored["models"]]
+    stored["hardware"] = Hardware(**stored["hardware"])
+    stored["settings"] = Settings(**stored["settings"])
+    report = Report(**stored)
+    assert json.dumps(encode(report), indent=1) == text
+    draw_benchmark(report.rates(), tmp_path / "figure.png", report.title())
+    assert (tmp_path / "figure.png").stat().st_size > 5000
 
 
 def test_ctrl_c_stops_all(tmp_path):

@@ -1,16 +1,17 @@
 """Run a contender in its own process.
 
-    python experiments/contenders/worker.py MODULE
+    python experiments/contenders/worker.py MODULE DESCRIPTOR
 
-Reads commands with their arguments as JSON lines until stdin ends, and answers each with a JSON
-line, `{"result": ...}` or `{"error": "one line"}`. `load` imports the module and `start` makes its
-`Contender`; the other commands are defined below or are methods of the contender.
+Imports the module, receives commands with their arguments through the `multiprocessing` connection
+with this file descriptor until it is closed, and answers each with `{"result": ...}` or
+`{"error": "one line"}`. `start` makes the module's `Contender`; the other commands are defined
+below or are methods of the contender.
 
 A module has a class `Contender(model, data, batch_size, bfloat16, device, weights, **settings)`:
 
-  model: a name for `flaxnets.create_model` (ours), or attributes from the benchmark's `structure`
-    (the others).
-  data: arrays from the benchmark's `make_data`.
+  model: a name for `flaxnets.create_model` (ours), or attributes from `describe_architecture` (the
+    others).
+  data: arrays from `make_data`.
   device: `"cpu"` or `"gpu"`; None for whatever is available.
   weights: file with the variables of the `ours` process, by path, such as
     `params/stage1_block1/conv1/kernel`; None in that process itself.
@@ -21,11 +22,10 @@ for GPUs, `peak_bytes()`.
 """
 
 import importlib
-import json
-import os
 import resource
 import sys
 import time
+from multiprocessing.connection import Connection
 from typing import Any
 
 import numpy as np
@@ -35,22 +35,18 @@ class Worker:
     """The commands, as methods."""
 
     def __init__(self, module: str) -> None:
-        self._module = module
         self._contender: Any = None
-
-    def load(self) -> None:
         # Users of flaxnets get this from its commands; users of the others do not have it.
-        if self._module == "ours":
+        if module == "ours":
             from flaxnets.cli.memory import keep_memory
 
             keep_memory()
-        importlib.import_module(self._module)
+        self._module = importlib.import_module(module)
 
     def start(self, data: str, **settings: Any) -> str:
         """Make the contender and return its device, `"cpu"` or `"gpu"`."""
         with np.load(data) as arrays:
-            module = importlib.import_module(self._module)
-            self._contender = module.Contender(data=dict(arrays), **settings)
+            self._contender = self._module.Contender(data=dict(arrays), **settings)
         return self._contender.device
 
     def time(self, steps: int) -> float:
@@ -80,18 +76,19 @@ class Worker:
 
 
 def main() -> None:
-    # Libraries may print to stdout, so the answers get a separate stream.
-    answers = os.fdopen(os.dup(1), "w")
-    os.dup2(2, 1)
-    worker = Worker(sys.argv[1])
-    for line in sys.stdin:
-        command, arguments = json.loads(line)
+    module, descriptor = sys.argv[1:]
+    connection, worker = Connection(int(descriptor)), Worker(module)
+    while True:
+        try:
+            command, arguments = connection.recv()
+        except EOFError:
+            return
         try:
             answer = {"result": getattr(worker, command)(**arguments)}
         except Exception as error:
             lines = [line for line in str(error).splitlines() if line.strip()]
             answer = {"error": f"{type(error).__name__}: {lines[0] if lines else ''}"}
-        print(json.dumps(answer), file=answers, flush=True)
+        connection.send(answer)
 
 
 if __name__ == "__main__":

@@ -1,0 +1,1 @@
+"""Commands of the project, each run as `python experiments/NAME.py`."""
