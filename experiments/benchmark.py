@@ -21,10 +21,6 @@ import signal
 if __name__ == "__main__":
     # Importing takes seconds: until `run_command`, Ctrl-C ends the process without a traceback.
     signal.signal(signal.SIGINT, signal.SIG_DFL)
-    import sys
-    from pathlib import Path
-
-    sys.path.insert(0, str(Path(__file__).parents[1]))  # so that `experiments` can be imported
 
 import importlib.util
 import json
@@ -37,7 +33,9 @@ from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
 
-from experiments.contenders.comparison import DisagreementError, compare
+sys.path.insert(0, str(Path(__file__).parents[1]))  # the directory of the package `experiments`
+
+from experiments.contenders.comparison import TOLERANCES, DisagreementError, compare
 from experiments.contenders.inputs import describe_architecture
 from experiments.contenders.pool import Contender
 from experiments.contenders.report import Hardware, Report, Settings, find_versions
@@ -58,7 +56,8 @@ CONTENDERS = {
     "flax-example": Contender("flax_example"),
     "seeds-together": Contender("ours", {"seeds": 4}),
 }
-PRECISIONS = ("float32", "bfloat16")
+MODELS = "cifar_resnet20,cifar_resnet56,cifar_plain56,resnet50"
+AGAINST = "torch,torch-compile,flax-example"
 
 
 @dataclass(frozen=True)
@@ -122,32 +121,20 @@ def unique_words(text: str) -> tuple[str, ...]:
 
 def parse_arguments(arguments: list[str]) -> Options:
     parser = ArgumentParser(description=__doc__)
-    add = partial(parser.add_argument, metavar="N", type=positive(int))
-    parser.add_argument(
-        "--models",
-        type=unique_words,
-        default="cifar_resnet20,cifar_resnet56,cifar_plain56,resnet50",
-        metavar="NAMES",
-        help="comma-separated networks (%(default)s)",
-    )
-    add("--image-size", default=32, help="side in pixels (%(default)s)")
-    add("--batch-size", default=128, help="images per step (%(default)s)")
+    add_names = partial(parser.add_argument, metavar="NAMES", type=unique_words)
+    add_number = partial(parser.add_argument, metavar="N", type=positive(int))
+    add_names("--models", default=MODELS, help="comma-separated networks (%(default)s)")
+    add_number("--image-size", default=32, help="side in pixels (%(default)s)")
+    add_number("--batch-size", default=128, help="images per step (%(default)s)")
     parser.add_argument(
         "--precision", default="float32", metavar="TYPE", help="float32 (the default) or bfloat16"
     )
-    parser.add_argument(
-        "--against",
-        type=unique_words,
-        default="torch,torch-compile,flax-example",
-        metavar="NAMES",
-        help="comma-separated contenders (%(default)s)",
-    )
-    add("--rounds", default=10, help="rounds per contender (%(default)s)")
-    parser.add_argument(
+    add_names("--against", default=AGAINST, help="comma-separated contenders (%(default)s)")
+    add_number("--rounds", default=10, help="rounds per contender (%(default)s)")
+    add_number(
         "--seconds",
         type=positive(float),
         default=math.inf,
-        metavar="N",
         help="start no further model or round after N seconds",
     )
     parser.add_argument(
@@ -168,7 +155,7 @@ def check(options: Options) -> None:
     Raises:
       InputError: a name is unknown, a contender cannot run, or the directory cannot be made.
     """
-    check_choice("--precision", options.precision, PRECISIONS)
+    check_choice("--precision", options.precision, tuple(TOLERANCES))
     peers = tuple(name for name in CONTENDERS if name != "ours")
     for name in options.against:
         check_choice("--against", name, peers)

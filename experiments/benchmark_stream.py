@@ -25,7 +25,6 @@ if __name__ == "__main__":
 
 import argparse
 import importlib.util
-import io
 import itertools
 import multiprocessing
 import os
@@ -34,26 +33,34 @@ import shutil
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Generator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from statistics import median
 from typing import Any
+
+sys.path.insert(0, str(Path(__file__).parents[1]))  # the directory of the package `experiments`
 
 import numpy as np
 from PIL import Image
 from rich import box
 from rich.table import Table
 
+from experiments.contenders.readers import (
+    ReaderSettings,
+    decode_as_ours,
+    decode_as_torchvision,
+    our_batches,
+    their_batches,
+)
 from flaxnets.cli.arguments import ArgumentParser, positive
 from flaxnets.cli.main import run_command
 from flaxnets.cli.progress import plain_console
 from flaxnets.data.folder import find_folder
-from flaxnets.data.images import decode_crop, resized_box
-from flaxnets.data.stream import Source, Subset, TrainStream
+from flaxnets.data.stream import Source, Subset
 from flaxnets.errors import InputError
 
 CLASSES = 10
@@ -61,27 +68,40 @@ WARM_UP_BATCHES = 4
 EPOCHS_FOR_MEMORY = 5
 
 
+@dataclass(frozen=True)
+class Options:
+    images: int
+    image_size: int
+    batch_size: int
+    workers: int
+    rounds: int
+    batches: int
+    picture_size: tuple[int, int]
+    data_dir: Path
+
+
 def main(arguments: list[str] | None = None) -> int:
-    args = parse_arguments(arguments)
+    options = parse_arguments(arguments)
     console = plain_console()
-    folder = make_pictures(args.data_dir, args.images, args.picture_size)
+    folder = make_pictures(options.data_dir, options.images, options.picture_size)
     source = find_folder(folder).train
     size = sum(os.stat(source.name(i)).st_size for i in range(len(source))) / len(source)
     console.print(
-        f"{len(source)} JPEGs of about {args.picture_size[0]}x{args.picture_size[1]}, "
-        f"{size / 1000:.0f} kB each; crops of {args.image_size}, batch {args.batch_size}, "
-        f"{args.workers} workers, {len(os.sched_getaffinity(0))} cores",
+        f"{len(source)} JPEGs of about {options.picture_size[0]}x{options.picture_size[1]}, "
+        f"{size / 1000:.0f} kB each; crops of {options.image_size}, batch {options.batch_size}, "
+        f"{options.workers} workers, {len(os.sched_getaffinity(0))} cores",
         soft_wrap=True,
     )
-    contenders: dict[str, Callable[[int], Iterator[Any]]] = {
-        "ours": partial(our_batches, source, args),
-        "dataloader": partial(their_batches, source, args, decode_as_torchvision),
-        "dataloader-ours": partial(their_batches, source, args, decode_as_ours),
+    settings = ReaderSettings(options.image_size, options.batch_size, options.workers)
+    contenders = {
+        "ours": partial(our_batches, source, settings),
+        "dataloader": partial(their_batches, source, decode_as_torchvision, settings),
+        "dataloader-ours": partial(their_batches, source, decode_as_ours, settings),
     }
     rates: dict[str, list[float]] = {name: [] for name in contenders}
-    for seed in range(args.rounds):
+    for seed in range(options.rounds):
         for name, begin in contenders.items():
-            rates[name].append(images_per_second(begin(seed), args))
+            rates[name].append(images_per_second(begin(seed), settings, options.batches))
         console.print(
             f"round {seed + 1}: {', '.join(f'{n} {r[-1]:.0f} images/s' for n, r in rates.items())}",
             soft_wrap=True,
@@ -90,98 +110,33 @@ def main(arguments: list[str] | None = None) -> int:
     load = os.getloadavg()[0]
     console.print(f"load average {load:.1f}; ours / dataloader in each round: {ratios(rates)}")
 
-    few = Subset(source, np.arange(min(len(source), args.batches * args.batch_size)))
-    for workers in (0, args.workers):
-        args.workers = workers
-        used = ", ".join(f"{number / 1e6:.0f} MB" for number in memory_by_epoch(few, args))
+    few = Subset(source, np.arange(min(len(source), options.batches * options.batch_size)))
+    for workers in (0, options.workers):
+        memory = memory_by_epoch(few, replace(settings, workers=workers))
+        used = ", ".join(f"{number / 1e6:.0f} MB" for number in memory)
         console.print(f"memory after each epoch with {workers} workers: {used}", soft_wrap=True)
     return 0
-
-
-# Contenders: infinite iterators over batches.
-
-
-def our_batches(source: Source, args: argparse.Namespace, seed: int) -> Iterator[Any]:
-    stream = TrainStream(
-        source, args.image_size, 3, "resized", True, args.batch_size, seed, args.workers
-    )
-    return stream.batches(0, 10**9)
-
-
-def their_batches(
-    source: Source, args: argparse.Namespace, decode: Any, seed: int
-) -> Iterator[Any]:
-    from torch.utils.data import DataLoader
-
-    loader: Any = DataLoader(
-        TorchPictures(source, args.image_size, seed, decode),  # pyright: ignore[reportArgumentType]
-        args.batch_size,
-        shuffle=True,
-        num_workers=args.workers,
-        drop_last=True,
-        # Forking a process with JAX's threads may hang.
-        multiprocessing_context="spawn" if args.workers else None,
-        persistent_workers=args.workers > 0,
-    )
-    while True:
-        yield from loader
-
-
-@dataclass
-class TorchPictures:
-    """Data set for DataLoader, of uint8 images `(size, size, 3)` and their labels."""
-
-    source: Source
-    size: int
-    seed: int
-    decode: Callable[..., np.ndarray]
-    rng: np.random.Generator | None = None
-
-    def __len__(self) -> int:
-        return len(self.source)
-
-    def __getitem__(self, index: int) -> tuple[Any, int]:
-        import torch
-
-        if self.rng is None:
-            self.rng = np.random.default_rng([self.seed, os.getpid()])
-        data, label = self.source[index]
-        return torch.from_numpy(self.decode(self.rng, data, self.size)), label
-
-
-def decode_as_torchvision(rng: np.random.Generator, data: bytes, size: int) -> np.ndarray:
-    image: Image.Image = Image.open(io.BytesIO(data)).convert("RGB")
-    left, top, right, bottom = map(round, resized_box(rng, *image.size))
-    image = image.crop((left, top, right, bottom))
-    image = image.resize((size, size), Image.Resampling.BILINEAR)
-    if rng.random() < 0.5:
-        image = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
-    return np.array(image)
-
-
-def decode_as_ours(rng: np.random.Generator, data: bytes, size: int) -> np.ndarray:
-    return decode_crop(data, 3, size, size, partial(resized_box, rng), rng.random() < 0.5)
 
 
 # Measurements.
 
 
-def images_per_second(batches: Iterator[Any], args: argparse.Namespace) -> float:
-    with closing(batches) as batches:  # pyright: ignore[reportArgumentType]
-        for _ in range(WARM_UP_BATCHES * max(1, args.workers)):
+def images_per_second(batches: Generator[Any], settings: ReaderSettings, timed: int) -> float:
+    with closing(batches) as batches:
+        for _ in range(WARM_UP_BATCHES * max(1, settings.workers)):
             next(batches)
         begun = time.perf_counter()
-        for _ in range(args.batches):
+        for _ in range(timed):
             next(batches)
-        return args.batches * args.batch_size / (time.perf_counter() - begun)
+        return timed * settings.batch_size / (time.perf_counter() - begun)
 
 
-def memory_by_epoch(source: Source, args: argparse.Namespace) -> list[int]:
+def memory_by_epoch(source: Source, settings: ReaderSettings) -> list[int]:
     """Measure the bytes in memory of this process and its workers after each epoch."""
     used = []
-    with closing(our_batches(source, args, 0)) as batches:  # pyright: ignore[reportArgumentType]
+    with closing(our_batches(source, settings, 0)) as batches:
         for _ in range(EPOCHS_FOR_MEMORY):
-            for _ in itertools.islice(batches, len(source) // args.batch_size):
+            for _ in itertools.islice(batches, len(source) // settings.batch_size):
                 pass
             processes = [os.getpid(), *(child.pid for child in multiprocessing.active_children())]
             used.append(sum(resident_bytes(process) for process in processes if process))
@@ -259,7 +214,7 @@ def picture_size(text: str) -> tuple[int, int]:
     return int(found[1]), int(found[2])
 
 
-def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
+def parse_arguments(arguments: list[str] | None) -> Options:
     parser = ArgumentParser(description=__doc__)
     add = partial(parser.add_argument, metavar="N", type=positive(int))
     add("--images", default=10_000, help="JPEGs to read (%(default)s)")
@@ -282,12 +237,12 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
         metavar="DIR",
         help="directory for the generated JPEGs (%(default)s)",
     )
-    args = parser.parse(arguments)
+    options = Options(**vars(parser.parse(arguments)))
     if not importlib.util.find_spec("torch"):
         raise InputError("PyTorch is not installed: pip install -e '.[benchmark]'")
-    if args.images < max(args.batch_size, CLASSES):
-        raise InputError(f"--images {args.images} is less than a batch of {args.batch_size}")
-    return args
+    if options.images < max(options.batch_size, CLASSES):
+        raise InputError(f"--images {options.images} is less than a batch of {options.batch_size}")
+    return options
 
 
 if __name__ == "__main__":

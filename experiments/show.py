@@ -16,6 +16,7 @@ if __name__ == "__main__":
 import argparse
 import re
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 
 import flax.linen as nn
@@ -35,17 +36,26 @@ LARGEST = 10_000
 SUFFIXES = (".svg", ".png", ".pdf")
 
 
+@dataclass(frozen=True)
+class Options:
+    model: str | None
+    input: tuple[int, int, int] | None
+    classes: int | None
+    compare: str | None
+    figure: Path | None
+
+
 def main(arguments: list[str] | None = None) -> int:
-    args = parse_arguments(arguments)
+    options = parse_arguments(arguments)
     console = plain_console()
-    if args.model is None:
+    if options.model is None:
         console.print(networks_table())
         return 0
 
-    names = [args.model] if args.compare is None else [args.model, args.compare]
-    classes = {} if args.classes is None else {"num_classes": args.classes}
+    names = [options.model] if options.compare is None else [options.model, options.compare]
+    classes = {} if options.classes is None else {"num_classes": options.classes}
     models = [create_model(name, **classes) for name in names]
-    shapes = [args.input or published_image_shape(name) for name in names]
+    shapes = [options.input or published_image_shape(name) for name in names]
     modules = [list_modules(*network) for network in zip(models, shapes, strict=True)]
     drawings = []
     for name, model, shape, parts in zip(names, models, shapes, modules, strict=True):
@@ -53,12 +63,12 @@ def main(arguments: list[str] | None = None) -> int:
         console.print(layers_table(name, shape, layers))
         title = f"{name}\n{describe(sum_costs(layers))}"
         drawings.append((title, find_blocks(parts, getattr(model, "residual", False))))
-    if args.figure:
+    if options.figure:
         try:
-            draw_networks(drawings, args.figure)
+            draw_networks(drawings, options.figure)
         except OSError as error:
-            raise InputError(f"--figure {args.figure}: {error.strerror}") from error
-        console.print(f"figure: {args.figure}", soft_wrap=True)
+            raise InputError(f"--figure {options.figure}: {error.strerror}") from error
+        console.print(f"figure: {options.figure}", soft_wrap=True)
     return 0
 
 
@@ -130,7 +140,7 @@ def image_shape(text: str) -> tuple[int, int, int]:
     return height, width, channels
 
 
-def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
+def parse_arguments(arguments: list[str] | None) -> Options:
     parser = ArgumentParser(description=__doc__)
     parser.add_argument(
         "model", nargs="?", metavar="NAME", help="a network (default: list them all)"
@@ -148,18 +158,19 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--figure", type=Path, metavar="FILE", help=".svg, .png or .pdf file to draw to"
     )
-    args = parser.parse(arguments)
-    if args.model is None and (args.figure or args.compare or args.input or args.classes):
+    options = Options(**vars(parser.parse(arguments)))
+    others = (options.figure, options.compare, options.input, options.classes)
+    if options.model is None and any(others):
         raise InputError("name a network: python experiments/show.py resnet34")
-    if args.figure and args.figure.suffix not in SUFFIXES:
-        raise InputError(f"--figure must end in {', '.join(SUFFIXES)}, not {args.figure.name!r}")
-    if args.classes and args.classes > LARGEST**2:
+    if options.figure and options.figure.suffix not in SUFFIXES:
+        raise InputError(f"--figure must end in {', '.join(SUFFIXES)}, not {options.figure.name!r}")
+    if options.classes and options.classes > LARGEST**2:
         raise InputError(f"--classes must be at most {LARGEST**2}")
-    if args.figure and args.figure.is_dir():
-        raise InputError(f"--figure: {args.figure} is a directory")
-    if args.figure and not args.figure.parent.is_dir():
-        raise InputError(f"--figure: there is no directory {args.figure.parent}")
-    return args
+    if options.figure and options.figure.is_dir():
+        raise InputError(f"--figure: {options.figure} is a directory")
+    if options.figure and not options.figure.parent.is_dir():
+        raise InputError(f"--figure: there is no directory {options.figure.parent}")
+    return options
 
 
 if __name__ == "__main__":

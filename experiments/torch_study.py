@@ -12,11 +12,10 @@ import time
 from pathlib import Path
 from typing import Any
 
+sys.path.insert(0, str(Path(__file__).parents[1]))  # the directory of the package `experiments`
+
 import torch
 import torch.nn.functional as F
-
-if __name__ == "__main__":
-    sys.path.insert(0, str(Path(__file__).parents[1]))  # so that `experiments` can be imported
 
 from experiments.contenders.inputs import describe_architecture
 from experiments.contenders.torch_peer import Network
