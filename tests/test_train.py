@@ -182,7 +182,7 @@ def test_the_best_state_of_another_run_is_set_aside(trained, command, tmp_path):
     assert f"{out}/best/{state.name} is set aside: its config is another run's" in err
     assert (out / "best" / f"{state.name}.other").is_dir()
     best = flaxnets.restore(out, which="best")
-    assert best.config["seed"] == 1
+    assert best.config.seed == 1
     errors = [float(row["validation_error"]) for row in rows_of(out)]
     assert best.step == 8 * (1 + int(np.argmin(errors)))
     shutil.rmtree(out / "best" / str(best.step))
@@ -247,7 +247,7 @@ def no_record(best):
     ("change", "reason"),
     [
         (other_record, "its record is another run's"),
-        (no_record, "is not the record of a run"),
+        (no_record, "its record of the run is invalid"),
     ],
 )
 def test_a_best_state_with_another_record_is_refused(trained, command, tmp_path, change, reason):
