@@ -25,7 +25,6 @@ from flaxnets.reporting.html_report import (
     make_report,
     read_diagnostics,
     read_environments,
-    read_picture,
 )
 from flaxnets.studies.directory import RUN_FILES
 from flaxnets.studies.results import read_runs
@@ -37,8 +36,7 @@ def main(arguments: list[str] | None = None) -> int:
     environments = read_environments(args.study)
     environments += [each for run in runs for each in run.environments if each not in environments]
     diagnostics = read_diagnostics(args.study)
-    picture = read_picture(args.study / "degradation.png")
-    write_atomic(args.out, make_report(runs, environments, diagnostics, picture))
+    write_atomic(args.out, make_report(runs, environments, diagnostics))
     plain_console().print(f"report: {args.out}", soft_wrap=True)
     return 0
 

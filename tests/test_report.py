@@ -21,7 +21,9 @@ from selenium.webdriver.common.by import By
 
 from flaxnets.cli.main import run_command
 from flaxnets.errors import DamageWarning
+from flaxnets.reporting import html_report
 from flaxnets.reporting.conclusion import conclude
+from flaxnets.reporting.error_panels import SCALES, draw_panel, list_errors
 from flaxnets.reporting.html_report import (
     Diagnostic,
     make_report,
@@ -131,7 +133,7 @@ def test_a_finished_study(report, capsys, copy):
     assert "Plain and residual networks at depth 8" in page.text
     assert "--depths 8 --epochs 2" in page.text
     assert "diagnostics.py STUDY_DIR" in page.text
-    assert page.tags.count("img") == 1  # degradation.png
+    assert page.tags.count("img") == 0
     assert [(run["kind"], run["epoch"]) for run in data_of(text)] == [
         ("plain", [1, 2]),
         ("residual", [1, 2]),
@@ -372,11 +374,10 @@ def test_warnings_are_a_line_each(report, capsys, copy):
     folder.mkdir()
     (folder / "diagnostics.json").write_text(json.dumps([entry("gone.png")]))
     (copy / "study.json").write_text("{")
-    (copy / "degradation.png").write_text("no picture")
     status, out, err = run(report, capsys, copy)
     assert (status, out.count("\n")) == (0, 1)
-    assert [line[:9] for line in err.splitlines()] == ["warning: "] * 3
-    for name in ("gone.png", "study.json", "degradation.png"):
+    assert [line[:9] for line in err.splitlines()] == ["warning: "] * 2
+    for name in ("gone.png", "study.json"):
         assert name in err
     assert "A title" in (copy / "report.html").read_text()
 
@@ -411,8 +412,9 @@ def evil_report():
 def test_text_is_never_markup():
     page = Page(evil_report())
     assert page.tags.count("script") == 2
+    assert page.tags.count("style") == 1
     assert "img" not in page.tags
-    assert not [name for name, _ in page.attributes if name.startswith("on")]
+    assert not [name for name, _ in page.attributes if name.startswith("on") or name == "style"]
     assert "</script>" in page.text
 
 
@@ -422,7 +424,14 @@ def test_hidden_characters_are_replaced():
     assert not set("\u202e\x1b\ud800") & set(text)
 
 
-def test_any_config_and_record_gives_a_report():
+def test_any_config_and_record_gives_a_report(monkeypatch):
+    # Drawing takes a twentieth of a second, so equal panels are drawn once.
+    drawn = {}
+    monkeypatch.setattr(
+        html_report,
+        "draw_panel",
+        lambda *args: drawn.get(repr(args)) or drawn.setdefault(repr(args), draw_panel(*args)),
+    )
     good = made_run("plain", 8, 0, recipe={"name": "digits", "epochs": 4}, augmentation={"pad": 1})
     checked = ("kind", "depth", "seed", "model", "blocks", "block", "parameters")  # by read_runs
     fields = [path for path in places(good.config) if path[0] not in checked]
@@ -654,49 +663,90 @@ def panels(browser):
     return {p.find_element(By.TAG_NAME, "h3").text: p for p in found if p.is_displayed()}
 
 
-def press(browser, *keys):
-    for key in keys:
-        browser.find_element(By.CSS_SELECTOR, f'[data-key="{key}"]').click()
+def press(browser, *boxes):
+    for box in boxes:
+        browser.find_element(By.ID, box).click()
 
 
 def texts(panel):
-    return [element.text for element in panel.find_elements(By.TAG_NAME, "text")]
+    found = panel.find_elements(By.TAG_NAME, "text")
+    return [element.text for element in found if element.is_displayed()]
 
 
 def points_of(browser, panel, metric, which):
-    """Points of a line, in pixels from the middle of its panel's picture."""
+    """Points of a curve, in pixels from the middle of its panel's picture."""
     script = """const [panel, metric, which] = arguments, svg = panel.querySelector("svg");
         const box = svg.getBoundingClientRect(), scale = box.width / svg.viewBox.baseVal.width;
-        const path = panel.querySelectorAll(".line." + metric)[which].getAttribute("d");
-        return path.slice(1).split("L")
-          .map((pair) => pair.split(",").map(Number))
+        const path = panel.querySelectorAll(`.curve.${metric} > path`)[which].getAttribute("d");
+        return path.match(/[\\d.]+ [\\d.]+/g)
+          .map((pair) => pair.split(" ").map(Number))
           .map(([x, y]) => [x * scale - box.width / 2, y * scale - box.height / 2]);"""
     return browser.execute_script(script, panel, metric, which)
+
+
+def hover(browser, panel, metric, which, point):
+    """Move over a point of a curve and return the text that appears."""
+    x, y = points_of(browser, panel, metric, which)[point]
+    picture = panel.find_element(By.TAG_NAME, "svg")
+    ActionChains(browser).move_to_element_with_offset(picture, round(x), round(y)).perform()
+    return browser.find_element(By.ID, "tip").text.split("\n")
 
 
 @needs_browser
 def test_a_point_tells_its_run_epoch_and_error(visit):
     browser = visit(make_report(made_study()))
+    tip = browser.find_element(By.ID, "tip")
+    assert not tip.is_displayed()
+    for _ in SCALES:
+        # Depth 14, seed 1.
+        assert hover(browser, panels(browser)["plain"], "test", 3, 1) == [
+            *("plain, depth 14, seed 1", "epoch 2"),
+            *("training error", "29.00 %", "test error", "34.00 %"),
+        ]
+        assert tip.find_element(By.CSS_SELECTOR, ".read").text.startswith("test error")
+        ActionChains(browser).move_to_element(browser.find_element(By.TAG_NAME, "h1")).perform()
+        assert not tip.is_displayed()
+        press(browser, "log")
+
+
+@needs_browser
+def test_hidden_curves_are_not_read(visit):
+    browser = visit(make_report(made_study()))
     panel = panels(browser)["plain"]
-    picture, tip = panel.find_element(By.TAG_NAME, "svg"), browser.find_element(By.ID, "tip")
-    assert not tip.is_displayed()
-    x, y = points_of(browser, panel, "test", 3)[1]  # depth 14, seed 1
-    ActionChains(browser).move_to_element_with_offset(picture, round(x), round(y)).perform()
-    assert tip.text.split("\n") == [
-        *("plain, depth 14, seed 1", "epoch 2"),
-        *("training error", "29.00 %", "test error", "34.00 %"),
-    ]
-    assert tip.find_element(By.CSS_SELECTOR, ".read").text.startswith("test error")
-    ActionChains(browser).move_to_element(browser.find_element(By.TAG_NAME, "h1")).perform()
-    assert not tip.is_displayed()
+    assert hover(browser, panel, "train", 0, 1)[0] == "plain, depth 8, seed 0"
+    press(browser, "depth-0")
+    assert hover(browser, panel, "train", 0, 1)[0] == "plain, depth 14, seed 0"
+
+
+@needs_browser
+def test_a_tap_reads_a_panel_while_another_has_the_focus(visit):
+    browser = visit(make_report(made_study()))
+    for kind in ("plain", "residual"):
+        hover(browser, panels(browser)[kind], "train", 0, 0)
+        ActionChains(browser).click().perform()
+        tip = browser.find_element(By.ID, "tip")
+        assert tip.text.startswith(f"{kind}, ")
+    assert count(browser, "svg.reading") == 1
+
+
+@needs_browser
+def test_points_between_invalid_ones(visit):
+    """They are dots, and read as the epochs they belong to."""
+    errors = (math.nan, 7.0, math.nan, 9.0)
+    browser = visit(make_report([made_run("plain", 8, 0, errors, "diverged")]))
+    (panel,) = panels(browser).values()
+    dots = panel.find_elements(By.CSS_SELECTOR, ".curve.train use")
+    assert len(dots) == len(points_of(browser, panel, "train", 0)) == 2
+    assert hover(browser, panel, "train", 0, 0)[1:4] == ["epoch 2", "training error", "7.00 %"]
+    assert hover(browser, panel, "train", 0, 1)[1:4] == ["epoch 4", "training error", "9.00 %"]
 
 
 @needs_browser
 def test_points_are_read_with_the_keyboard(visit):
     browser = visit(make_report(made_study()))
     press(browser, "test")
-    chips = browser.find_elements(By.CSS_SELECTOR, ".legend button")
-    chips[-1].send_keys(Keys.TAB)  # to the first panel
+    boxes = browser.find_elements(By.CSS_SELECTOR, ".legend input")
+    boxes[-1].send_keys(Keys.TAB)  # to the first panel
     spoken = browser.find_element(By.CSS_SELECTOR, "[aria-live]")
     heard = []
     for key in (None, Keys.ARROW_LEFT, Keys.HOME, Keys.ARROW_LEFT, Keys.ARROW_DOWN, Keys.ARROW_UP):
@@ -716,50 +766,45 @@ def test_points_are_read_with_the_keyboard(visit):
 
 
 def count(browser, selector):
-    return len(browser.find_elements(By.CSS_SELECTOR, selector))
+    found = browser.find_elements(By.CSS_SELECTOR, selector)
+    return sum(element.is_displayed() for element in found)
 
 
 @needs_browser
-def test_the_legend_switches_lines(visit):
+def test_the_legend_hides_lines(visit):
     browser = visit(make_report(made_study()))
     assert list(panels(browser)) == ["plain", "residual", "my_nets:build"]
     assert set(texts(panels(browser)["plain"])) > {"8", "14", "20"}
-    lines = ".panel:not([hidden]) .line"
-    assert count(browser, f"{lines}.train") == count(browser, f"{lines}.test") == 18
-    press(browser, "depth 14")
-    assert count(browser, f"{lines}.test") == 12
-    assert not any("14" in texts(panel) for panel in panels(browser).values())
-    press(browser, "kind plain", "train")
-    assert list(panels(browser)) == ["residual", "my_nets:build"]
-    assert (count(browser, f"{lines}.train"), count(browser, f"{lines}.test")) == (0, 8)
-    button = browser.find_element(By.CSS_SELECTOR, '[data-key="train"]')
-    assert button.get_attribute("aria-pressed") == "false"
-    press(browser, "test")
-    assert not panels(browser)
-    assert "Nothing is switched on" in browser.find_element(By.CLASS_NAME, "note").text
-    press(browser, "test", "kind plain", "train", "depth 14")
-    assert count(browser, lines) == 36
+    for _ in SCALES:
+        assert count(browser, ".curve.train") == count(browser, ".curve.test") == 18
+        press(browser, "depth-1")
+        assert count(browser, ".curve.test") == 12
+        assert not any("14" in texts(panel) for panel in panels(browser).values())
+        press(browser, "kind-0", "train")
+        assert list(panels(browser)) == ["residual", "my_nets:build"]
+        assert (count(browser, ".curve.train"), count(browser, ".curve.test")) == (0, 8)
+        press(browser, "test")
+        assert count(browser, ".curve") == 0
+        press(browser, "test", "kind-0", "train", "depth-1", "log")
+    assert count(browser, ".curve") == 36
+    names = [box.accessible_name for box in browser.find_elements(By.CSS_SELECTOR, "input")]
+    assert names[:5] == ["8", "14", "20", "training error", "test error"]
 
 
 @needs_browser
 def test_the_axes(visit):
     browser = visit(make_report(made_study()))
     for panel in panels(browser).values():
-        seen = texts(panel)
-        assert {"error (%)", "epoch", "0", "1", "4", "20", "80"} <= set(seen)
-    lowest = points_of(browser, panels(browser)["residual"], "train", 0)[-1][1]
-    assert lowest == points_of(browser, panels(browser)["residual"], "train", 1)[-1][1]
+        assert {"error (%)", "epoch", "0", "1", "4", "20", "80"} <= set(texts(panel))
     press(browser, "log")
-    shared = [t for t in texts(panels(browser)["plain"]) if re.fullmatch(r"[\d.]+", t)]
-    assert {"1", "10"} <= set(shared)
     for panel in panels(browser).values():
-        # Of the errors that are not 0, 1.5 % is the least.
-        assert "error (%), logarithmic; 0 is drawn at 0.75" in texts(panel)
-    ys = [y for _, y in points_of(browser, panels(browser)["residual"], "train", 0)]
-    assert all(math.isfinite(y) for y in ys)
+        ticks = {"0", "0.5", "1", "10", "100", "4"}
+        assert {"error (%), logarithmic above 1 %", *ticks} <= set(texts(panel))
+    found = panels(browser)
+    ys = [y for _, y in points_of(browser, found["residual"], "train", 0)]
     assert ys[-1] == ys[-2] > ys[1] > ys[0]
-    press(browser, "kind residual")
-    assert "error (%), logarithmic" in texts(panels(browser)["plain"])
+    # Panels share their scales: both start at 80 %.
+    assert points_of(browser, found["plain"], "train", 0)[0][1] == pytest.approx(ys[0], abs=0.1)
 
 
 @needs_browser
@@ -767,9 +812,11 @@ def test_a_depth_is_named_where_its_lines_end(visit):
     browser = visit(make_report(made_study()))
     # Of residual-20 one seed is still in its first epoch, with an error of 93 %.
     panel = panels(browser)["residual"]
-    label = panel.find_element(By.XPATH, ".//*[contains(@class, 'depth') and text()='20']")
-    line = panel.find_elements(By.CSS_SELECTOR, ".line.test")[0].get_attribute("d")
-    end = float(line.split(",")[-1])
+    (label,) = (
+        text for text in panel.find_elements(By.CSS_SELECTOR, ".end text") if text.text == "20"
+    )
+    line = panel.find_elements(By.CSS_SELECTOR, ".curve.train > path")[0].get_attribute("d")
+    end = float(line.split()[-1])
     assert abs(float(label.get_attribute("y")) - end) < 3 * 13  # three labels, one above the other
 
 
@@ -781,19 +828,25 @@ def test_a_depth_is_named_where_its_lines_end(visit):
         [made_run("plain", 8, 0, (0.0, 0.0)), made_run("residual", 8, 0, ())],
         [made_run("plain", 8, 0, (100.0, 100.0), "diverged")],
         [made_run("plain", 8, 0, (math.nan, 7.0, math.nan, math.nan), "diverged")],
+        [made_run("plain", 8, 0, (math.nan,), "diverged")],
         [made_run("plain", 8, 0, [50.0 / (i + 1) for i in range(500)])],
         [made_run("plain", 2 * depth, 0) for depth in range(4, 40)],
     ],
-    ids=["one zero", "zeros", "all wrong", "not a number", "many epochs", "many depths"],
+    ids=["a zero", "zeros", "all wrong", "gaps", "no number", "many epochs", "many depths"],
 )
 def test_whatever_there_is_is_drawn(visit, runs):
     browser = visit(make_report(runs), 360)
-    for _ in ("linear", "logarithmic"):
-        for panel in panels(browser).values():
-            drawn = panel.find_element(By.TAG_NAME, "svg").get_attribute("outerHTML")
-            assert not re.search("NaN|Infinity|undefined|null", drawn)
-            ticks = [t for t in texts(panel) if re.fullmatch(r"[\d.]+", t)]
-            assert len(ticks) >= 3
+    for _ in SCALES:
+        (panel,) = panels(browser).values()
+        drawn = panel.find_element(By.TAG_NAME, "svg").get_attribute("outerHTML")
+        assert not re.search("nan|inf|undefined|null", drawn, re.IGNORECASE)
+        assert len([t for t in texts(panel) if re.fullmatch(r"[\d.]+", t)]) >= 3
+        for run in runs:
+            for metric in ("train", "test"):
+                errors = list_errors(run).__dict__[metric] if run.result.rows else []
+                valid = [error for error in errors if error is not None]
+                if valid:
+                    assert len(points_of(browser, panel, metric, runs.index(run))) == len(valid)
         press(browser, "log")
 
 
@@ -832,17 +885,14 @@ def test_tables_are_sorted_by_their_headings(visit):
 @pytest.mark.parametrize("width", [360, 1600])
 @pytest.mark.parametrize("theme", ["light", "dark"])
 def test_it_fits_any_window_and_theme(visit, width, theme):
-    picture = b"\x89PNG\r\n\x1a\n"
-    browser = visit(
-        make_report(made_study(), [{"packages": {"jax": "1" * 200}}], [], picture), width, theme
-    )
+    browser = visit(make_report(made_study(), [{"packages": {"jax": "1" * 200}}]), width, theme)
     press(browser, "log")
     assert browser.execute_script("return document.documentElement.scrollWidth") <= width
     columns = {panel.location["x"] for panel in panels(browser).values()}
     assert len(columns) == (1 if width == 360 else 3)
     script = "return [getComputedStyle(document.body).backgroundColor, " + ", ".join(
-        f"getComputedStyle(document.querySelectorAll('.line.train')[{line}]).stroke"
-        for line in (0, 2)
+        f"getComputedStyle(document.querySelectorAll('.curve.train > path')[{line}]).stroke"
+        for line in (0, 4)
     )
     paper, first, third = browser.execute_script(script + "]")
     assert first == "rgb(0, 114, 178)"  # as in degradation.png
@@ -896,12 +946,14 @@ def test_strangers_run_no_code(visit):
 
 
 @needs_browser
-def test_it_is_read_without_javascript(visit, browser, study):
-    picture = (study.out / "degradation.png").read_bytes()
+def test_it_is_read_without_javascript(visit, browser):
     browser.execute_cdp_cmd("Emulation.setScriptExecutionDisabled", {"value": True})
     try:
-        visit(make_report(made_study(), picture=picture))
-        assert count(browser, "#figure img") == 1
+        visit(make_report(made_study()))
+        assert count(browser, ".panel") == 3
+        assert count(browser, ".curve") == 36
+        press(browser, "depth-0", "log")
+        assert count(browser, ".curve") == 24
         assert count(browser, "tbody tr") == 9 + 18 + 9  # networks, runs, differences
         assert count(browser, "button") == 0
     finally:

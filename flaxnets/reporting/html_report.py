@@ -11,7 +11,7 @@ import re
 import stat
 import warnings
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from html import escape
 from pathlib import Path
 from string import Template
@@ -20,14 +20,15 @@ from typing import Any
 from flaxnets.errors import DamageWarning
 from flaxnets.reporting.comparison import compare_depths, describe_differences
 from flaxnets.reporting.conclusion import conclude
-from flaxnets.reporting.figures import COLOURS
+from flaxnets.reporting.error_panels import METRICS, SCALES, RunErrors, draw_panel, list_errors
+from flaxnets.reporting.figures import colour_depths
 from flaxnets.reporting.reproduce import DEFINITION, plain, reproduce
 from flaxnets.reporting.tables import blocks, network_name
 from flaxnets.studies.results import Network, Run, curves, group_runs
 from flaxnets.text import duration
 
 LARGEST_FILE = 50_000_000  # bytes
-METRICS = (
+COLUMNS = (
     ("train error, %", "train_error", 2),
     ("test error, %", "test_error", 2),
     ("train loss", "train_loss", 3),
@@ -52,13 +53,11 @@ def make_report(
     runs: Sequence[Run],
     environments: Sequence[Any] = (),
     diagnostics: Sequence[Diagnostic] = (),
-    picture: bytes | None = None,
 ) -> str:
     """Make the report, a self-contained HTML page.
 
     Args:
       environments: environments of the study, as stored in `study.json`.
-      picture: the study's figure as a PNG, for readers without JavaScript.
     """
     runs = [_readable(run) for run in runs]
     networks, configs = group_runs(runs), [run.config for run in runs]
@@ -66,9 +65,8 @@ def make_report(
     page, style, script = (
         here.with_suffix(suffix).read_text(encoding="utf-8") for suffix in (".html", ".css", ".js")
     )
-    style = f"{_colours()}\n{style}"
-    depths = sorted({run.depth for run in runs})
-    lines = [_line(run, depths.index(run.depth)) for run in runs if run.result.rows]
+    errors = [list_errors(run) for run in runs if run.result.rows]
+    style += _hiding_rules(errors)
     return Template(page).substitute(
         style=style,
         style_hash=_hash(style),
@@ -77,13 +75,13 @@ def make_report(
         title=_text(_title(networks)),
         subtitle=_text(_subtitle(configs)),
         lead=_text(conclude(networks, _total_steps(configs[0]) if configs else None)),
-        figure=_figure(lines, picture),
+        figure=_figure(errors),
         tables=_tables(networks),
         diagnostics=_diagnostics(diagnostics),
         command=_command(*reproduce(configs, environments)),
         configuration=_facts({key: configs[0].get(key) for key in DEFINITION} if configs else {}),
         environments="".join(map(_facts, environments or [{}])),
-        data=json.dumps(lines, allow_nan=False).replace("<", "\\u003c"),
+        data=json.dumps([asdict(run) for run in errors], allow_nan=False).replace("<", "\\u003c"),
     )
 
 
@@ -115,7 +113,7 @@ def read_diagnostics(study: Path) -> list[Diagnostic]:
             continue
         picture = None
         if isinstance(figure, str) and re.fullmatch(r"\w[\w.-]{0,200}", figure):
-            picture = read_picture(path.with_name(figure), needed=True)
+            picture = _read_picture(path.with_name(figure))
         elif figure is not None:
             _warn(f"{path} is damaged (a figure in it is not the name of a file next to it)")
         table = None
@@ -153,9 +151,8 @@ def parse_number(text: str) -> float | None:
     return number if math.isfinite(number) else None
 
 
-def read_picture(path: Path, needed: bool = False) -> bytes | None:
-    """Read a PNG; None if there is none, with a warning if it is `needed`."""
-    content = _read_file(path, needed)
+def _read_picture(path: Path) -> bytes | None:
+    content = _read_file(path, needed=True)
     if content is not None and not content.startswith(b"\x89PNG\r\n\x1a\n"):
         _warn(f"{path} is not a PNG")
         return None
@@ -270,26 +267,60 @@ def _image(picture: bytes, alternative: str) -> str:
     )
 
 
-def _figure(lines: Sequence[Any], picture: bytes | None) -> str:
-    if not lines:
+def _figure(runs: Sequence[RunErrors]) -> str:
+    """Make a panel for each kind and scale, and the boxes that hide what they name."""
+    if not runs:
         return "<p>No run has finished an epoch yet, so there is nothing to draw.</p>"
-    instead = "<p>The errors are drawn here by JavaScript; the tables list the final ones.</p>"
-    if picture is not None:
-        instead = _image(picture, "Training and test error against epoch, a panel for each kind")
-    return f'<div id="figure">{instead}</div>'
+    kinds = list(dict.fromkeys(run.kind for run in runs))
+    colours = colour_depths(run.depth for run in runs)
+    groups = {
+        "depth": [
+            _box(f"depth-{i}", depth, _sample("train", colour))
+            for i, (depth, colour) in enumerate(colours.items())
+        ],
+        "line": [
+            _box("train", "training error", _sample("train")),
+            _box("test", "test error", _sample("test")),
+        ],
+        "kind": [_box(f"kind-{i}", kind) for i, kind in enumerate(kinds)],
+        "scale": [_box("log", "logarithmic above 1 %", checked=False)],
+    }
+    legend = "".join(
+        f'<div role="group" aria-label="{name}"><span>{name}</span>{"".join(boxes)}</div>'
+        for name, boxes in groups.items()
+    )
+    panels = "".join(
+        f'<div class="panel {scale} kind-{i}"><h3>{_text(kind)}</h3>'
+        f"{draw_panel(runs, kind, scale)}</div>"
+        for scale in SCALES
+        for i, kind in enumerate(kinds)
+    )
+    reading = '<div id="tip" hidden></div><p id="spoken" class="unseen" aria-live="polite"></p>'
+    return (
+        f'<div id="figure"><div class="legend">{legend}</div>'
+        f'<div class="panels">{panels}</div>{reading}</div>'
+    )
 
 
-def _line(run: Run, colour: int) -> dict[str, Any]:
-    """Convert a run for the figure: epochs as in `degradation.png`, null for invalid errors."""
-    rows = run.result.rows
-    first = rows[0]["step"] if rows[0]["step"] > 0 else 1.0
-    line = {"kind": run.kind, "depth": run.depth, "seed": run.seed}
-    line["colour"] = colour % len(COLOURS)
-    line["epoch"] = [round(row["step"] / first, 4) if row["step"] > 0 else 0 for row in rows]
-    for split in ("train", "test"):
-        errors = [row[f"{split}_error"] for row in rows]
-        line[split] = [round(error, 4) if 0 <= error <= 100 else None for error in errors]
-    return line
+def _box(key: str, name: object, sample: str = "", checked: bool = True) -> str:
+    """Make a checkbox; unless it is checked, the page hides the elements of class `key`."""
+    state = " checked" if checked else ""
+    return f'<label><input type="checkbox" id="{key}"{state}>{sample}{_text(name)}</label>'
+
+
+def _sample(metric: str, colour: str = "#000000") -> str:
+    stroke = colour.replace("#000000", "currentColor")
+    path = f'<path class="{metric}" stroke="{stroke}" d="M1,5H21"/>'
+    return f'<svg viewBox="0 0 22 10" aria-hidden="true">{path}</svg>'
+
+
+def _hiding_rules(runs: Sequence[RunErrors]) -> str:
+    """Return the rules by which unchecked boxes hide curves and panels, without JavaScript."""
+    depths, kinds = {run.depth for run in runs}, {run.kind for run in runs}
+    keys = [*METRICS, *(f"depth-{i}" for i in range(len(depths)))]
+    keys += [f"kind-{i}" for i in range(len(kinds))]
+    rule = "#figure:has(#{0}:not(:checked)) .panels .{0} {{ display: none; }}"
+    return "\n".join(map(rule.format, keys))
 
 
 # A cell is text, or a number as text and as the value to sort by.
@@ -308,18 +339,18 @@ def _tables(networks: Sequence[Network]) -> str:
     """Make a table of the networks, if there are several seeds, and one of the runs."""
     if not networks:
         return "<p>There are no runs yet.</p>"
-    first, errors = ["kind", "network", "blocks", "depth", "parameters"], [m[0] for m in METRICS]
+    first, errors = ["kind", "network", "blocks", "depth", "parameters"], [m[0] for m in COLUMNS]
     means, ends = [], []
     for network in networks:
         config = network.runs[0].config
         cells = [network.kind, network_name(config), blocks(config)]
         cells += [_number(network.depth, "{}"), _number(config["parameters"])]
         seconds = sum(run.result.seconds for run in network.runs)
-        statistics = [_mean(network, metric, digits) for _, metric, digits in METRICS]
+        statistics = [_mean(network, metric, digits) for _, metric, digits in COLUMNS]
         means.append([*cells, *statistics, _time(seconds), network.status])
         for run in network.runs:
             result = run.result
-            finals = [_number(result.final(m), f"{{:.{digits}f}}") for _, m, digits in METRICS]
+            finals = [_number(result.final(m), f"{{:.{digits}f}}") for _, m, digits in COLUMNS]
             progress = [_number(result.step), _time(result.seconds), _status(run)]
             ends.append([*cells, _number(run.seed, "{}"), *finals, *progress])
     tables = [_table("Runs", [*first, "seed", *errors, "steps", "time", "status"], ends)]
@@ -412,12 +443,6 @@ def _command(commands: Sequence[str], remarks: Sequence[str]) -> str:
     introduction = ["<p>To reproduce this study:</p>"] if commands else []
     parts = [f"<pre>{_text(command)}</pre>" for command in commands]
     return "\n".join([*introduction, *parts, *(f"<p>{_text(remark)}</p>" for remark in remarks)])
-
-
-def _colours() -> str:
-    """Return the figure's colours as CSS variables, with the colour of text for black."""
-    colours = ("var(--ink)" if colour == "#000000" else colour for colour in COLOURS)
-    return f":root {{ {' '.join(f'--line-{i}: {c};' for i, c in enumerate(colours))} }}"
 
 
 def _hash(text: str) -> str:
