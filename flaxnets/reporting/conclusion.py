@@ -19,57 +19,71 @@ def conclude(networks: Sequence[Network], updates: int | None) -> str:
         done = [n for n in members if not math.isnan(n.mean("train_error"))]
         errors = [network.mean("train_error") for network in done]
         listed = ", ".join(f"{e:.1f} % at {n.depth}" for n, e in zip(done, errors, strict=True))
-        rise = errors[-1] - errors[0] if errors else 0.0
-        # Neither a rise with depth nor the lack of one.
-        peak = rise < 1 and bool(errors) and max(errors) >= max(errors[0], errors[-1]) + 1
-        if len(done) < 2:
-            verdict = "is known at too few depths to compare"
-        elif peak:
-            verdict = "is highest in between"
-        elif rise <= -1:
-            verdict = "falls with depth"
-        elif rise < 1:
-            verdict = "does not rise with depth"
-        elif errors == sorted(errors):
-            verdict = "rises with depth"
-        else:
-            verdict = "is higher at the greatest depth than at the least, though not in order"
+        verdict, rise = judge_errors(errors)
         clauses.append(f"that of {curve} {verdict} ({listed or 'none finished'})")
         if len(done) > 1:
-            rises.setdefault(members[0].kind, []).append(math.nan if peak else rise)
-    finding = ""
-    if rises["plain"] and max(rises["plain"]) < 1:
-        finding = ": no degradation in these numbers"
-    elif rises["plain"] and min(rises["plain"]) >= 1:
-        finding = ": the degradation problem"
-        if rises["residual"] and max(rises["residual"]) < 1:
-            finding += ", and residual learning curing it"
-        elif rises["residual"] and not any(map(math.isnan, rises["residual"])):
-            points = {kind: max(rises[kind]) for kind in ("plain", "residual")}
-            finding += (
-                f", in both kinds, by {points['plain']:.1f} points in plain networks and by "
-                f"{points['residual']:.1f} in residual ones"
-            )
+            rises.setdefault(members[0].kind, []).append(rise)
     clauses[0] = clauses[0].replace("that", "the training error", 1)
     length = f"After {updates:,} updates" if updates else "Trained"
+    finding = describe_rises(rises["plain"], rises["residual"])
     sentences = [f"{length} from {count_seeds(networks)}, {', '.join(clauses)}{finding}."]
-
     states = [run.result.status for network in networks for run in network.runs]
     lost = [f"{states.count(s)} {s}" for s in ("unfinished", "diverged") if s in states]
     if lost:
         sentences.append(f"Of {len(states)} runs, left out of the means: {', '.join(lost)}.")
+    return " ".join([*sentences, *describe_convergence(networks)])
+
+
+def judge_errors(errors: list[float]) -> tuple[str, float]:
+    """Say how errors in percent, ordered by depth, change with depth; return the rise in points.
+
+    The rise is NaN if the highest error lies in between, which is neither a rise with depth nor
+    the lack of one.
+    """
+    if len(errors) < 2:
+        return "is known at too few depths to compare", math.nan
+    rise = errors[-1] - errors[0]
+    if rise < 1 and max(errors) >= max(errors[0], errors[-1]) + 1:
+        return "is highest in between", math.nan
+    if rise <= -1:
+        return "falls with depth", rise
+    if rise < 1:
+        return "does not rise with depth", rise
+    if errors == sorted(errors):
+        return "rises with depth", rise
+    return "is higher at the greatest depth than at the least, though not in order", rise
+
+
+def describe_rises(plain: Sequence[float], residual: Sequence[float]) -> str:
+    """Name what the rises of training error with depth, in points, amount to, if anything."""
+    if plain and max(plain) < 1:
+        return ": no degradation in these numbers"
+    if not plain or not min(plain) >= 1:
+        return ""
+    if residual and max(residual) < 1:
+        return ": the degradation problem, and residual learning curing it"
+    if residual and not any(map(math.isnan, residual)):
+        return (
+            f": the degradation problem, in both kinds, by {max(plain):.1f} points in plain "
+            f"networks and by {max(residual):.1f} in residual ones"
+        )
+    return ": the degradation problem"
+
+
+def describe_convergence(networks: Sequence[Network]) -> list[str]:
+    """Say in a sentence whether training error still moved at the end of the finished runs."""
     movement = [(f"{n.kind}-{n.depth}", last_movement(run)) for n in networks for run in n.finished]
     moving = list(dict.fromkeys(name for name, points in movement if points >= 1))
     if moving:
-        sentences.append(
+        return [
             f"Not converged: over the last quarter the training error of {', '.join(moving)} moved "
             "by a point or more."
-        )
-    elif any(math.isnan(points) for _, points in movement):
-        sentences.append("Too few epochs to tell whether training has converged.")
-    elif movement:
-        sentences.append("Converged: no training error moved by a point over the last quarter.")
-    return " ".join(sentences)
+        ]
+    if any(math.isnan(points) for _, points in movement):
+        return ["Too few epochs to tell whether training has converged."]
+    if movement:
+        return ["Converged: no training error moved by a point over the last quarter."]
+    return []
 
 
 def count_seeds(networks: Sequence[Network]) -> str:
