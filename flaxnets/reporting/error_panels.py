@@ -5,11 +5,11 @@ policy that allows inline styles, and offer no reading by keyboard.
 """
 
 import io
-import math
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
 from matplotlib import rc_context
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
@@ -17,7 +17,7 @@ from matplotlib.figure import Figure
 from flaxnets.reporting.figures import STYLES, colour_depths, label_ends, scale_errors, style_axes
 from flaxnets.studies.study import Run
 
-METRICS = ("train", "test")
+METRICS = {"train": "training", "test": "test"}
 SCALES = ("linear", "log")
 
 
@@ -28,19 +28,19 @@ class RunErrors:
     kind: str
     depth: int
     seed: int
-    epoch: list[float]
-    train: list[float | None]
-    test: list[float | None]
+    epoch: tuple[float, ...]
+    train: tuple[float | None, ...]
+    test: tuple[float | None, ...]
 
 
 def list_errors(run: Run) -> RunErrors:
     """List the errors of a run that has rows. As in `degradation.png`, its first row is epoch 1."""
     rows = run.result.rows
     first = rows[0]["step"] if rows[0]["step"] > 0 else 1.0
-    epoch: list[float] = [round(row["step"] / first, 4) if row["step"] > 0 else 0 for row in rows]
+    epoch = (round(row["step"] / first, 4) if row["step"] > 0 else 0 for row in rows)
     errors = ([row[f"{metric}_error"] for row in rows] for metric in METRICS)
-    train, test = ([round(e, 4) if 0 <= e <= 100 else None for e in column] for column in errors)
-    return RunErrors(run.kind, run.depth, run.seed, epoch, train, test)
+    valid = (tuple(round(e, 4) if 0 <= e <= 100 else None for e in column) for column in errors)
+    return RunErrors(run.kind, run.depth, run.seed, tuple(epoch), *valid)
 
 
 # Paths keep all their vertices, and text stays text.
@@ -52,13 +52,13 @@ def draw_panel(runs: Sequence[RunErrors], kind: str, scale: str) -> str:
     and `depth-I` for the I-th depth. The vertices of its path are its valid errors, in order.
     """
     colours = colour_depths(run.depth for run in runs)
-    depth_classes = {depth: f"depth-{i}" for i, depth in enumerate(colours)}
+    classes = {depth: f"depth-{i}" for i, depth in enumerate(colours)}
     figure = Figure(figsize=(4.6, 3.2))
     # Equal margins instead of a layout engine: the axes of all panels have one size.
     ax = figure.add_axes((0.12, 0.13, 0.78, 0.84))
     for i, run in enumerate(runs):
         if run.kind == kind:
-            _draw_run(ax, run, colours[run.depth], f"run-{i} {depth_classes[run.depth]}")
+            _draw_run(ax, run, colours[run.depth], f"run-{i} {classes[run.depth]}")
     errors = [e for run in runs for e in (*run.train, *run.test) if e is not None]
     if scale == "log":
         scale_errors(ax, errors)
@@ -69,14 +69,13 @@ def draw_panel(runs: Sequence[RunErrors], kind: str, scale: str) -> str:
     ax.set_xlabel("epoch")
     style_axes(ax)
     ax.tick_params(length=0, pad=5)
+    # A depth is named at the end of the seed that got furthest.
+    furthest_last = sorted((run for run in runs if run.kind == kind), key=lambda r: r.epoch[-1])
+    ends = {r.depth: (r.epoch[-1], r.train[-1]) for r in furthest_last if r.train[-1] is not None}
+    label_ends(ax, [(*end, str(depth), "black") for depth, end in ends.items()])
     # Their classes give labels and grid the colours of the page.
-    ends = {
-        depth: _find_end([r for r in runs if (r.kind, r.depth) == (kind, depth)])
-        for depth in colours
-    }
-    label_ends(ax, [(*end, str(depth), "black") for depth, end in ends.items() if end])
     for text in ax.texts:
-        text.set_gid(f"class:end {depth_classes[int(text.get_text())]}")
+        text.set_gid(f"class:end {classes[int(text.get_text())]}")
     for line in (*ax.get_xgridlines(), *ax.get_ygridlines()):
         line.set_gid("class:grid")
     return _to_element(figure, salt=ascii((kind, scale)))
@@ -84,22 +83,12 @@ def draw_panel(runs: Sequence[RunErrors], kind: str, scale: str) -> str:
 
 def _draw_run(ax: Axes, run: RunErrors, colour: str, classes: str) -> None:
     for metric, style in zip(METRICS, STYLES.values(), strict=True):
-        errors = [math.nan if error is None else error for error in getattr(run, metric)]
-        # A path does not show a point without neighbours.
-        valid = [False, *map(math.isfinite, errors), False]
-        lone = [i for i in range(len(errors)) if valid[i : i + 3] == [False, True, False]]
-        if lone:
-            style = {**style, "marker": "o", "markevery": lone, "markersize": 2 * style["lw"]}
+        errors = np.array(getattr(run, metric), float)  # None becomes NaN
+        valid = np.pad(np.isfinite(errors), 1)
+        lone = valid[1:-1] & ~valid[:-2] & ~valid[2:]  # a path does not show these
+        marks = {"marker": "o", "markersize": 2 * style["lw"], "markevery": lone}
         gid = f"class:curve {metric} {classes}"
-        ax.plot(run.epoch, errors, color=colour, clip_on=False, gid=gid, **style)
-
-
-def _find_end(runs: Sequence[RunErrors]) -> tuple[float, float] | None:
-    """Return the last epoch and mean training error of the seeds that got furthest, if valid."""
-    last = max((run.epoch[-1] for run in runs), default=0)
-    errors = [run.train[-1] for run in runs if run.epoch[-1] == last]
-    valid = [error for error in errors if error is not None]
-    return (last, sum(valid) / len(valid)) if valid else None
+        ax.plot(run.epoch, errors, color=colour, clip_on=False, gid=gid, **style, **marks)
 
 
 def _to_element(figure: Figure, salt: str) -> str:

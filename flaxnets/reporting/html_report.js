@@ -107,20 +107,15 @@ function step(curves, place, key) {
   return { curve, index };
 }
 
-// Show the tip next to a point, to the left if the right has no room, and return its text.
+// Show the tip next to a point, to the left if the right has no room, and return the point's text.
 function showPoint(svg, { curve: { run, metric, element, points }, index }) {
   const percent = (error) => (error === null ? "none" : `${error.toFixed(2)} %`);
-  const name = `${run.kind}, depth ${run.depth}, seed ${run.seed}`;
-  const epoch = `epoch ${Number(run.epoch[index].toFixed(2))}`;
-  const rows = Object.entries(METRICS).map(([key, label]) => {
-    const row = create("div", create("span", label), create("span", percent(run[key][index])));
-    row.classList.toggle("read", key === metric);
-    return row;
-  });
-  tip.replaceChildren(create("div", name), create("div", epoch), ...rows);
+  const describe = (key) => `${METRICS[key]} ${percent(run[key][index])}`;
+  const lines = [`${run.kind}, depth ${run.depth}, seed ${run.seed}`, `epoch ${Number(run.epoch[index].toFixed(2))}`];
+  tip.textContent = [...lines, ...Object.keys(METRICS).map(describe)].join("\n");
 
-  const marker = svg.querySelector(".marker");
   const [x, y] = points[index] ?? [0, 0];
+  const marker = svg.querySelector(".marker");
   marker.classList.toggle("invalid", !points[index]);
   marker.setAttribute("cx", x);
   marker.setAttribute("cy", y);
@@ -130,11 +125,5 @@ function showPoint(svg, { curve: { run, metric, element, points }, index }) {
   const left = at.x - frame.left, room = frame.width - tip.offsetWidth;
   tip.style.left = `${Math.max(0, left + 14 < room ? left + 14 : left - tip.offsetWidth - 14)}px`;
   tip.style.top = `${Math.max(0, at.y - frame.top - tip.offsetHeight - 10)}px`;
-  return `${name}, ${epoch}, ${METRICS[metric]} ${percent(run[metric][index])}`;
-}
-
-function create(name, ...children) {
-  const element = document.createElement(name);
-  element.append(...children);
-  return element;
+  return [...lines, describe(metric)].join(", ");
 }

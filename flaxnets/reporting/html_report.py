@@ -65,8 +65,9 @@ def make_report(
     page, style, script = (
         here.with_suffix(suffix).read_text(encoding="utf-8") for suffix in (".html", ".css", ".js")
     )
-    errors = [list_errors(run) for run in runs if run.result.rows]
-    style += _hiding_rules(errors)
+    errors = tuple(list_errors(run) for run in runs if run.result.rows)
+    figure, rules = _figure(errors)
+    style += rules
     return Template(page).substitute(
         style=style,
         style_hash=_hash(style),
@@ -75,7 +76,7 @@ def make_report(
         title=_text(_title(networks)),
         subtitle=_text(_subtitle(configs)),
         lead=_text(conclude(networks, _total_steps(configs[0]) if configs else None)),
-        figure=_figure(errors),
+        figure=figure,
         tables=_tables(networks),
         diagnostics=_diagnostics(diagnostics),
         command=_command(*reproduce(configs, environments)),
@@ -267,60 +268,45 @@ def _image(picture: bytes, alternative: str) -> str:
     )
 
 
-def _figure(runs: Sequence[RunErrors]) -> str:
-    """Make a panel for each kind and scale, and the boxes that hide what they name."""
+def _figure(runs: Sequence[RunErrors]) -> tuple[str, str]:
+    """Make a panel for each kind and scale, and boxes; return them and the rules of their styles.
+
+    Unless a box is checked, its rule hides the panels and curves that have its id as a class.
+    """
     if not runs:
-        return "<p>No run has finished an epoch yet, so there is nothing to draw.</p>"
-    kinds = list(dict.fromkeys(run.kind for run in runs))
+        return "<p>No run has finished an epoch yet, so there is nothing to draw.</p>", ""
     colours = colour_depths(run.depth for run in runs)
-    groups = {
-        "depth": [
-            _box(f"depth-{i}", depth, _sample("train", colour))
-            for i, (depth, colour) in enumerate(colours.items())
-        ],
-        "line": [
-            _box("train", "training error", _sample("train")),
-            _box("test", "test error", _sample("test")),
-        ],
-        "kind": [_box(f"kind-{i}", kind) for i, kind in enumerate(kinds)],
-        "scale": [_box("log", "logarithmic above 1 %", checked=False)],
+    kinds = list(dict.fromkeys(run.kind for run in runs))
+    names = {
+        f"depth-{i}": f"{_sample('train', colour)}depth {depth}"
+        for i, (depth, colour) in enumerate(colours.items())
     }
-    legend = "".join(
-        f'<div role="group" aria-label="{name}"><span>{name}</span>{"".join(boxes)}</div>'
-        for name, boxes in groups.items()
-    )
-    panels = "".join(
-        f'<div class="panel {scale} kind-{i}"><h3>{_text(kind)}</h3>'
-        f"{draw_panel(runs, kind, scale)}</div>"
+    names |= {metric: f"{_sample(metric)}{name} error" for metric, name in METRICS.items()}
+    names |= {f"kind-{i}": _text(kind) for i, kind in enumerate(kinds)}
+    names["log"] = "logarithmic above 1 %"
+    boxes = [
+        f'<label><input type="checkbox" id="{key}"{" checked" * (key != "log")}>{name}</label>'
+        for key, name in names.items()
+    ]
+    rule = "#figure:has(#{0}:not(:checked)) .panels .{0} {{ display: none; }}\n"
+    panels = [
+        f'<div class="panel {scale} kind-{i}"><h3>{_text(kind)}</h3>{draw_panel(runs, kind, scale)}'
+        "</div>"
         for scale in SCALES
         for i, kind in enumerate(kinds)
+    ]
+    figure = (
+        f'<div id="figure"><div class="legend">{"".join(boxes)}</div>'
+        f'<div class="panels">{"".join(panels)}</div>'
+        '<div id="tip" hidden></div><p id="spoken" class="unseen" aria-live="polite"></p></div>'
     )
-    reading = '<div id="tip" hidden></div><p id="spoken" class="unseen" aria-live="polite"></p>'
-    return (
-        f'<div id="figure"><div class="legend">{legend}</div>'
-        f'<div class="panels">{panels}</div>{reading}</div>'
-    )
-
-
-def _box(key: str, name: object, sample: str = "", checked: bool = True) -> str:
-    """Make a checkbox; unless it is checked, the page hides the elements of class `key`."""
-    state = " checked" if checked else ""
-    return f'<label><input type="checkbox" id="{key}"{state}>{sample}{_text(name)}</label>'
+    return figure, "".join(map(rule.format, names))
 
 
 def _sample(metric: str, colour: str = "#000000") -> str:
     stroke = colour.replace("#000000", "currentColor")
     path = f'<path class="{metric}" stroke="{stroke}" d="M1,5H21"/>'
     return f'<svg viewBox="0 0 22 10" aria-hidden="true">{path}</svg>'
-
-
-def _hiding_rules(runs: Sequence[RunErrors]) -> str:
-    """Return the rules by which unchecked boxes hide curves and panels, without JavaScript."""
-    depths, kinds = {run.depth for run in runs}, {run.kind for run in runs}
-    keys = [*METRICS, *(f"depth-{i}" for i in range(len(depths)))]
-    keys += [f"kind-{i}" for i in range(len(kinds))]
-    rule = "#figure:has(#{0}:not(:checked)) .panels .{0} {{ display: none; }}"
-    return "\n".join(map(rule.format, keys))
 
 
 # A cell is text, or a number as text and as the value to sort by.
