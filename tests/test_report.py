@@ -885,8 +885,10 @@ def test_it_fits_any_window_and_theme(visit, width, theme):
         f"getComputedStyle(document.querySelectorAll('.curve.train > path')[{line}]).stroke"
         for line in (0, 4)
     )
-    paper, first, third = browser.execute_script(script + "]")
+    script += ", getComputedStyle(document.querySelectorAll('use')[0]).fill"  # of residual-20
+    paper, first, third, dot = browser.execute_script(script + "]")
     assert first == "rgb(0, 114, 178)"  # as in degradation.png
+    assert dot == third
     dark, light = (sum(map(int, re.findall(r"\d+", colour))) for colour in (paper, third))
     if theme == "light":
         dark, light = light, dark

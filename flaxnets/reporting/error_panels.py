@@ -72,7 +72,7 @@ def draw_panel(runs: Sequence[RunErrors], kind: str, scale: str) -> str:
     # A depth is named at the end of the seed that got furthest.
     furthest_last = sorted((run for run in runs if run.kind == kind), key=lambda r: r.epoch[-1])
     ends = {r.depth: (r.epoch[-1], r.train[-1]) for r in furthest_last if r.train[-1] is not None}
-    label_ends(ax, [(*end, str(depth), "black") for depth, end in ends.items()])
+    label_ends(ax, [(*end, str(depth), "black") for depth, end in sorted(ends.items())])
     # Their classes give labels and grid the colours of the page.
     for text in ax.texts:
         text.set_gid(f"class:end {classes[int(text.get_text())]}")
