@@ -21,19 +21,16 @@ from flaxnets.cli.main import run_command
 from flaxnets.cli.progress import plain_console
 from flaxnets.errors import InputError
 from flaxnets.files import write_atomic
-from flaxnets.reporting.html_report import (
-    make_report,
-    read_diagnostics,
-    read_environments,
-)
-from flaxnets.studies.directory import RUN_FILES
+from flaxnets.reporting.html_report import make_report, read_diagnostics
+from flaxnets.studies.directory import RUN_FILES, read_study_file
 from flaxnets.studies.results import read_runs
 
 
 def main(arguments: list[str] | None = None) -> int:
     args = parse_arguments(arguments)
     runs = read_runs(args.study)
-    environments = read_environments(args.study)
+    stored = read_study_file(args.study)
+    environments = [] if stored is None else stored.environments
     environments += [each for run in runs for each in run.environments if each not in environments]
     diagnostics = read_diagnostics(args.study)
     write_atomic(args.out, make_report(runs, environments, diagnostics))

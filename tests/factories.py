@@ -58,7 +58,7 @@ def make_rows(errors: Sequence[float], steps: int = 10) -> list[Row]:
             "epoch": epoch,
             "step": steps * epoch,
             "train_error": error,
-            "test_error": error + 5,
+            "test_error": min(100.0, error + 5),
         }
         for epoch, error in enumerate(errors, 1)
     ]
@@ -70,10 +70,14 @@ def make_run(
     seed: int,
     status: Status = "finished",
     errors: Sequence[float] = (80.0, 40.0, 20.0, 19.5),
+    steps: int = 10,
     **changes: Any,
 ) -> Run:
-    """Make a run with these training errors, an epoch each; `changes` are those of its config."""
-    rows = make_rows(errors)
+    """Make a run with these training errors, an epoch each; `changes` are those of its config.
+
+    An epoch has `steps` steps.
+    """
+    rows = make_rows(errors, steps)
     diverged_step = 17 if status == "diverged" else None
-    result = RunResult(status, rows, 10 * len(rows), 12.5, diverged_step)
+    result = RunResult(status, rows, steps * len(rows), 12.5, diverged_step)
     return Run(make_run_config(kind, depth, seed, **changes), result)

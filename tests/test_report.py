@@ -9,6 +9,7 @@ import re
 import shlex
 import shutil
 import warnings
+from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -21,7 +22,8 @@ from selenium.webdriver.chrome.service import Service
 from selenium.webdriver.common.by import By
 
 from flaxnets.cli.main import run_command
-from flaxnets.errors import DamageWarning
+from flaxnets.decoding import decode, encode
+from flaxnets.errors import DamageWarning, InputError
 from flaxnets.reporting import html_report
 from flaxnets.reporting.conclusion import conclude
 from flaxnets.reporting.error_panels import SCALES, draw_panel, list_errors
@@ -29,12 +31,15 @@ from flaxnets.reporting.html_report import (
     Diagnostic,
     make_report,
     read_diagnostics,
-    read_environments,
 )
 from flaxnets.reporting.reproduce import reproduce
 from flaxnets.studies.results import Run, group_runs
-from flaxnets.training.loop import METRICS, RunResult
+from flaxnets.training import RunResult
+from flaxnets.training.config import DatasetConfig, ModelConfig, read_config
+from flaxnets.training.environment import Environment
+from flaxnets.training.result import METRICS
 from tests.conftest import load_script
+from tests.factories import make_run
 from tests.test_hostile import HOSTILE, changed, places
 
 FLAGS = """--headless=new --no-sandbox --disable-gpu --no-first-run --disable-background-networking
@@ -46,26 +51,9 @@ needs_browser = pytest.mark.skipif(
 
 
 def made_run(kind, depth, seed, errors=(80.0, 40.0, 20.0, 19.5), status="finished", **more):
-    rows = [
-        {**dict.fromkeys(METRICS, 0.5), "step": 11 * i, "train_error": error}
-        | {"test_error": min(100.0, error + 5)}
-        for i, error in enumerate(errors, 1)
-    ]
-    config = {
-        "kind": kind,
-        "depth": depth,
-        "seed": seed,
-        "parameters": 1000 * depth,
-        "blocks": [1, 1, 1],
-        "block": "basic",
-        "model": {"name": f"cifar_{kind}{depth}"},
-        "total_steps": 44,
-        "family": "cifar",
-        "dataset": {"name": "digits", "train_examples": 1437},
-        **more,
-    }
-    diverged_step = 17 if status == "diverged" else None
-    return Run(config, RunResult(status, rows, 11 * len(rows), 62.5, diverged_step))
+    more = {"parameters": 1000 * depth, "total_steps": 44, **more}
+    run = make_run(kind, depth, seed, status, errors, steps=11, **more)
+    return replace(run, result=replace(run.result, seconds=62.5))
 
 
 def made_study():
@@ -383,14 +371,6 @@ def test_warnings_are_a_line_each(report, capsys, copy):
     assert "A title" in (copy / "report.html").read_text()
 
 
-@pytest.mark.parametrize(
-    "content", ["[]", "null", '{"environments": {}}', '{"environments": [1, {}]}']
-)
-def test_any_environments(tmp_path, content):
-    (tmp_path / "study.json").write_text(content)
-    assert make_report(made_study(), read_environments(tmp_path))
-
-
 # Strangers' studies.
 
 CODE = "document.title='evil'"
@@ -398,16 +378,27 @@ EVIL = f'</script><script>{CODE}</script><img src=x onerror="{CODE}">\'"&'
 
 
 def evil_report():
-    runs = made_study()
-    for run in runs:
-        run.config["kind"] = run.config["kind"] + EVIL
-        run.config["model"] = {"name": EVIL}
-        run.config["family"] = EVIL
-        run.config["dataset"] = {"name": EVIL, EVIL: EVIL}
-        run.config["recipe"] = {"name": EVIL, EVIL: [EVIL]}
+    """A report of values that no decoder would let pass, too."""
+    dataset = DatasetConfig(
+        name=EVIL, version=EVIL, train_examples=1, test_examples=1, sha256=EVIL, path=EVIL
+    )
+    runs = [
+        replace(
+            run,
+            config=replace(
+                run.config,
+                kind=run.config.kind + EVIL,
+                model=ModelConfig(10, build=EVIL),
+                family=EVIL,
+                dataset=dataset,
+                recipe=replace(run.config.recipe, name=EVIL),
+            ),
+        )
+        for run in made_study()
+    ]
     found = read_diagnostics(Path("none"))
     assert not found
-    return make_report(runs, [{EVIL: EVIL, "packages": {EVIL: EVIL}}, EVIL])
+    return make_report(runs, [Environment({EVIL: EVIL}, platform=EVIL, xla_flags=EVIL)])
 
 
 def test_text_is_never_markup():
@@ -427,14 +418,22 @@ def test_hidden_characters_are_replaced():
 
 def test_any_config_and_record_gives_a_report(monkeypatch):
     monkeypatch.setattr(html_report, "draw_panel", functools.cache(draw_panel))
-    good = made_run("plain", 8, 0, recipe={"name": "digits", "epochs": 4}, augmentation={"pad": 1})
-    checked = ("kind", "depth", "seed", "model", "blocks", "block", "parameters")  # by read_runs
-    fields = [path for path in places(good.config) if path[0] not in checked]
-    assert len(fields) > 8
+    good = made_run("plain", 8, 0)
+    stored = encode([good.config, Environment(platform="cpu")])
+    fields = list(places(stored))
+    assert len(fields) > 60
+    reports = 0
     for path in fields:
         for new in (*HOSTILE, 10**400, "x" * 1000):
-            config = changed(good.config, path, new)
-            assert make_report([Run(config, good.result)], [new]).encode()
+            config, environment = changed(stored, path, new) if path[1:] else stored
+            try:
+                run = Run(read_config(config), good.result)
+                environments = [decode(Environment, environment, "it")]
+            except InputError:
+                continue
+            assert make_report([run], environments).encode()
+            reports += 1
+    assert reports > 100
     for new in (math.nan, math.inf, -math.inf, 1e308, -1e308, 10**400, -1, 0):
         rows = [{**row, name: new} for row in good.result.rows[:2] for name in METRICS]
         for status in ("finished", "diverged", "unfinished"):
@@ -574,47 +573,51 @@ def configs(degradation, data_dir):
 
 def test_a_study_that_has_grown_takes_several_commands(configs):
     plain, residual = configs
-    grown = [plain, residual, {**residual, "depth": 14}, {**residual, "depth": 14, "seed": 1}]
-    assert [command.split("degradation.py ")[1] for command in reproduce(grown)[0]] == [
+    deeper = [replace(residual, depth=14, seed=seed) for seed in (0, 1)]
+    commands, _ = reproduce([plain, residual, *deeper])
+    assert [command.split("degradation.py ")[1] for command in commands] == [
         "--depths 8",
         "--depths 14 --kinds residual --seeds 0,1",
     ]
 
 
 def test_what_no_option_gives_is_said_in_words(configs):
-    recipe = {**configs[0]["recipe"], "weight_decay": 0.5, "epochs": None, "steps": 77}
-    commands, remarks = reproduce([{**config, "recipe": recipe} for config in configs])
+    recipe = replace(configs[0].recipe, weight_decay=0.5, epochs=None, steps=77)
+    commands, remarks = reproduce([replace(config, recipe=recipe) for config in configs])
     assert commands == ["python experiments/degradation.py --depths 8"]
     assert [re.search("sets (.*?):", remark)[1] for remark in remarks] == [
         "epochs",
         "steps",
         "weight_decay",
     ]
-    other = {**configs[0]["dataset"], "name": "cifar10", "train_examples": 50_000}
-    (command,), (remark,) = reproduce([{**configs[0], "dataset": other}])
+    other = replace(configs[0].dataset, name="cifar10", train_examples=50_000)
+    (command,), (remark,) = reproduce([replace(configs[0], dataset=other)])
     assert command.endswith("--kinds plain --dataset cifar10 --recipe digits")
     assert "--data-dir" in remark
-    (command,), _ = reproduce(configs, [{"xla_flags": "--xla_gpu_deterministic_ops=true"}])
+    flags = Environment(xla_flags="--xla_gpu_deterministic_ops=true")
+    (command,), _ = reproduce(configs, [flags])
     assert command.endswith("--deterministic")
 
 
 @pytest.mark.parametrize(
     "change",
     [
-        {"dataset": {"name": "evil:code"}},
-        {"dataset": {"name": "$(reboot)"}},
-        {"dataset": None},
-        {"dataset": {}},
-        {"recipe": {"name": "unknown"}},
-        {"recipe": {"name": ["digits"]}},
+        {"dataset": "evil:code"},
+        {"dataset": "$(reboot)"},
+        {"dataset": "folder:"},
+        {"dataset": "folder:x; reboot"},
+        {"recipe": "unknown"},
         {"family": "x; reboot"},
         {"shortcut": "\x1b[201~\nreboot\n"},
-        {"precision": None, "stem": {}},
-        {"depth": 14, "family": "imagenet"},  # beside the other run
+        {"stem": {}},
+        {"depth": 14, "family": "imagenet"},  # next to the other run
     ],
 )
 def test_no_command_for_what_it_cannot_do(configs, change):
-    given = [{**configs[0], **change}] + ([configs[1]] if "depth" in change else [])
+    for name in ("dataset", "recipe"):
+        if name in change:
+            change = {name: replace(getattr(configs[0], name), name=change[name])}
+    given = [replace(configs[0], **change)] + ([configs[1]] if "depth" in change else [])
     commands, (remark,) = reproduce(given)
     assert not commands
     assert remark

@@ -15,7 +15,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from flaxnets.reporting.figures import STYLES, colour_depths, label_ends, scale_errors, style_axes
-from flaxnets.studies.study import Run
+from flaxnets.studies.results import Run
 
 METRICS = {"train": "training", "test": "test"}
 SCALES = ("linear", "log")

@@ -17,15 +17,18 @@ from pathlib import Path
 from string import Template
 from typing import Any
 
+from flaxnets.decoding import encode
 from flaxnets.errors import DamageWarning
 from flaxnets.reporting.comparison import compare_depths, describe_differences
 from flaxnets.reporting.conclusion import conclude
 from flaxnets.reporting.error_panels import METRICS, SCALES, RunErrors, draw_panel, list_errors
 from flaxnets.reporting.figures import colour_depths
-from flaxnets.reporting.reproduce import DEFINITION, plain, reproduce
+from flaxnets.reporting.reproduce import plain, reproduce
 from flaxnets.reporting.tables import blocks, network_name
 from flaxnets.studies.results import Network, Run, curves, group_runs
 from flaxnets.text import duration
+from flaxnets.training import RunConfig, StudyConfig
+from flaxnets.training.environment import Environment
 
 LARGEST_FILE = 50_000_000  # bytes
 COLUMNS = (
@@ -51,7 +54,7 @@ class Diagnostic:
 
 def make_report(
     runs: Sequence[Run],
-    environments: Sequence[Any] = (),
+    environments: Sequence[Environment] = (),
     diagnostics: Sequence[Diagnostic] = (),
 ) -> str:
     """Make the report, a self-contained HTML page.
@@ -75,25 +78,18 @@ def make_report(
         script_hash=_hash(script),
         title=_text(_title(networks)),
         subtitle=_text(_subtitle(configs)),
-        lead=_text(conclude(networks, _total_steps(configs[0]) if configs else None)),
+        lead=_text(conclude(networks, configs[0].total_steps if configs else None)),
         figure=figure,
         tables=_tables(networks),
         diagnostics=_diagnostics(diagnostics),
         command=_command(*reproduce(configs, environments)),
-        configuration=_facts({key: configs[0].get(key) for key in DEFINITION} if configs else {}),
-        environments="".join(map(_facts, environments or [{}])),
+        configuration=_facts(configs[0].study if configs else None),
+        environments="".join(map(_facts, environments or [None])),
         data=json.dumps([asdict(run) for run in errors], allow_nan=False).replace("<", "\\u003c"),
     )
 
 
 # Files next to the runs. Damaged ones are left out, with a warning.
-
-
-def read_environments(study: Path) -> list[Any]:
-    """Read the environments of a study from its `study.json`."""
-    stored = _read_json(study / "study.json")
-    environments = stored.get("environments") if isinstance(stored, dict) else None
-    return environments if isinstance(environments, list) else []
 
 
 def read_diagnostics(study: Path) -> list[Diagnostic]:
@@ -208,25 +204,24 @@ def _title(networks: Sequence[Network]) -> str:
     return title if ":" in networks[0].kind else title[0].upper() + title[1:]
 
 
-def _subtitle(configs: Sequence[dict[str, Any]]) -> str:
+def _subtitle(configs: Sequence[RunConfig]) -> str:
     if not configs:
         return ""
-    data, steps = configs[0].get("dataset"), _total_steps(configs[0])
-    parts = [plain(data.get("name"))] if isinstance(data, dict) else []
-    parts += [f"{plain(configs[0].get('family'))} family"]
-    parts += [f"{steps:,} updates"] if steps else []
-    seeds = sorted({config["seed"] for config in configs})
-    return " · ".join([*parts, f"seed{'s'[: len(seeds) - 1]} {_listed(seeds)}"])
+    first = configs[0]
+    seeds = sorted({config.seed for config in configs})
+    return " · ".join(
+        [
+            first.dataset.name,
+            f"{first.family} family",
+            f"{first.total_steps:,} updates",
+            f"seed{'s'[: len(seeds) - 1]} {_listed(seeds)}",
+        ]
+    )
 
 
 def _listed(words: Iterable[Any]) -> str:
     *first, last = map(str, words)
     return f"{', '.join(first)} and {last}" if first else last
-
-
-def _total_steps(config: dict[str, Any]) -> int | None:
-    steps = config.get("total_steps")
-    return steps if type(steps) is int and 0 < steps < 2**63 else None
 
 
 # Parts of the page.
@@ -241,12 +236,12 @@ def _text(value: object) -> str:
     return escape("".join(map(visible, str(value))))
 
 
-def _facts(values: Any) -> str:
+def _facts(facts: StudyConfig | Environment | None) -> str:
     """List names and values; those of a nested object are side by side."""
-    if not isinstance(values, dict) or not values:
+    if facts is None:
         return "<p>Not recorded.</p>"
     lines = []
-    for key, value in values.items():
+    for key, value in encode(facts).items():
         entries = value.items() if isinstance(value, dict) else [("", value)]
         parts = (f"<span><i>{_name(k)}</i> {_text(plain(v))}</span>" for k, v in entries)
         lines.append(f"<dt>{_name(key)}</dt><dd>{''.join(parts)}</dd>")
@@ -330,7 +325,7 @@ def _tables(networks: Sequence[Network]) -> str:
     for network in networks:
         config = network.runs[0].config
         cells = [network.kind, network_name(config), blocks(config)]
-        cells += [_number(network.depth, "{}"), _number(config["parameters"])]
+        cells += [_number(network.depth, "{}"), _number(config.parameters)]
         seconds = sum(run.result.seconds for run in network.runs)
         statistics = [_mean(network, metric, digits) for _, metric, digits in COLUMNS]
         means.append([*cells, *statistics, _time(seconds), network.status])
@@ -360,7 +355,7 @@ def _mean(network: Network, metric: str, digits: int) -> Cell:
 
 
 def _status(run: Run) -> str:
-    status, total = run.result.status, _total_steps(run.config)
+    status, total = run.result.status, run.config.total_steps
     if status == "diverged":
         return f"diverged at step {run.result.diverged_step}"
     if status == "unfinished" and total:

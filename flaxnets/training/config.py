@@ -111,9 +111,9 @@ class StudyConfig:
       family, shortcut, stem: how depth becomes a network; None for a run outside a study.
     """
 
-    family: str | None = None
-    shortcut: str | None = None
-    stem: str | None = None
+    family: Literal["cifar", "imagenet"] | None = None
+    shortcut: Literal["A", "B", "C"] | None = None
+    stem: Literal["imagenet", "small"] | None = None
     precision: Precision
     dataset: DatasetConfig
     augmentation: Augmentation
