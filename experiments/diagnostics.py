@@ -14,18 +14,15 @@ if __name__ == "__main__":
     # Importing takes seconds: until `run_command`, Ctrl-C ends the process without a traceback.
     signal.signal(signal.SIGINT, signal.SIG_DFL)
 
-import argparse
 import shlex
 import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
 
-import jax.numpy as jnp
-import numpy as np
 from rich import box
 from rich.console import Console
 from rich.table import Table
@@ -35,40 +32,46 @@ from flaxnets.cli.interruption import Interruption
 from flaxnets.cli.main import run_command
 from flaxnets.cli.memory import keep_memory
 from flaxnets.cli.progress import StudyProgress, plain_console
-from flaxnets.data import Dataset, Split, load_dataset
-from flaxnets.diagnostics import (
-    DIAGNOSTICS,
+from flaxnets.diagnostics import DIAGNOSTICS
+from flaxnets.diagnostics.finding import (
     Finding,
-    Images,
-    Network,
+    MeasureOptions,
     NotPossibleError,
-    Options,
-    Study,
     TrainingPlan,
     read_numbers,
     write_finding,
     write_numbers,
 )
+from flaxnets.diagnostics.study import read_study
 from flaxnets.errors import InputError
 from flaxnets.files import storage_errors
-from flaxnets.models.resnet import ResNet
-from flaxnets.parallel import data_mesh, replicate
 from flaxnets.reporting.html_report import parse_number
-from flaxnets.studies.directory import lock_directory, run_directory
-from flaxnets.studies.restore import restore
-from flaxnets.studies.results import Run, read_runs
+from flaxnets.studies.directory import lock_directory
 from flaxnets.text import duration
 from flaxnets.training import Progress
-from flaxnets.training.config import DATASET_NAME
+
+
+@dataclass(frozen=True)
+class Options:
+    """Options of the command; without `only`, all diagnostics are run."""
+
+    study: Path
+    only: list[str] | None
+    seed: int | None
+    images: int
+    batch: int
+    epochs: int | None
+    data_dir: Path | None
+    redraw: bool
 
 
 def main(arguments: list[str] | None = None) -> int:
-    args = parse_arguments(arguments)
+    options = parse_options(arguments)
     console = plain_console()
-    if args.redraw:
-        return redraw(args, console)
+    if options.redraw:
+        return redraw(options, console)
     keep_memory()
-    study = read_study(args)
+    study = read_study(options.study, options.seed, options.images, options.data_dir)
     with storage_errors(study.out, 0):
         study.out.mkdir(exist_ok=True)
     names = ", ".join(network.name for network in study.networks)
@@ -76,11 +79,11 @@ def main(arguments: list[str] | None = None) -> int:
     command = shlex.join(["python", *sys.argv]) if arguments is None else "the same command"
     with Interruption(command) as interruption, lock_directory(study.out):
         watch = partial(show_training, console, interruption)
-        options = Options(args.batch, args.epochs, interruption.requested, watch)
-        for name in args.only or DIAGNOSTICS:
+        measure = MeasureOptions(options.batch, options.epochs, interruption.requested, watch)
+        for name in options.only or DIAGNOSTICS:
             start = time.perf_counter()
             try:
-                numbers = DIAGNOSTICS[name].measure(study, options)
+                numbers = DIAGNOSTICS[name].measure(study, measure)
             except NotPossibleError as reason:
                 console.print(f"{name}: skipped, {reason}", soft_wrap=True)
                 continue
@@ -95,32 +98,33 @@ def main(arguments: list[str] | None = None) -> int:
     return 0
 
 
-def redraw(args: argparse.Namespace, console: Console) -> int:
+def redraw(options: Options, console: Console) -> int:
     """Redraw the figures and print the findings from the stored numbers."""
-    out = args.study / "diagnostics"
-    names = args.only or [name for name in DIAGNOSTICS if (out / f"{name}.json").exists()]
+    out = options.study / "diagnostics"
+    names = options.only or [name for name in DIAGNOSTICS if (out / f"{name}.json").exists()]
     if not names or not out.is_dir():
         raise InputError(f"{out} holds no diagnostic numbers; leave out --redraw")
     with lock_directory(out):
         for name in names:
-            try:
-                found = make_finding(out, name)
-            except (ArithmeticError, LookupError, TypeError, ValueError) as error:
-                if isinstance(error, InputError):
-                    raise
-                # Numbers that fit together one by one may still not fit one another.
-                problem = f"{type(error).__name__}: {error}"
-                raise InputError(f"{out / name}.json is damaged ({problem})") from error
-            show(console, found)
+            show(console, make_finding(out, name))
     console.print(f"\nfigures: {out}", soft_wrap=True)
     return 0
 
 
 def make_finding(out: Path, name: str) -> Finding:
-    """Draw and describe the stored numbers of a diagnostic."""
+    """Draw and describe the stored numbers of a diagnostic.
+
+    Raises:
+      InputError: they are damaged.
+    """
     numbers = read_numbers(out / f"{name}.json", DIAGNOSTICS[name])
-    numbers.draw(out / f"{name}.png")
-    found = numbers.describe()
+    try:
+        found = numbers.describe()
+        numbers.draw(out / f"{name}.png")
+    except (ArithmeticError, LookupError, TypeError, ValueError) as error:
+        # Numbers that are valid one by one may still not fit one another.
+        problem = f"{type(error).__name__}: {error}"
+        raise InputError(f"{out / name}.json is damaged ({problem})") from error
     write_finding(out, name, found, list(DIAGNOSTICS))
     return found
 
@@ -162,82 +166,7 @@ def show_training(
         run.end(f"{plan.name}: {updates}")
 
 
-# Networks and images.
-
-
-def read_study(args: argparse.Namespace) -> Study:
-    """Restore the finished plain and residual networks of one seed, and sample their images."""
-    path = args.study
-    if not path.is_dir():
-        raise InputError(f"{path} is not a study directory; train one with degradation.py")
-    runs = read_runs(path)
-    networks = [restore_network(path, run) for run in choose_runs(path, runs, args.seed)]
-    dataset = load_images(networks[0], args.data_dir)
-    return Study(
-        path,
-        networks,
-        tuple(sorted({run.depth for run in runs})),
-        dataset,
-        sample(networks[0], dataset.train, args.images),
-        sample(networks[0], dataset.test, args.images),
-    )
-
-
-def choose_runs(path: Path, runs: list[Run], seed: int | None) -> list[Run]:
-    """Choose the finished runs of plain and residual networks with `seed`.
-
-    The default is the seed that most networks have, the lowest if there are several.
-    """
-    kinds = ("plain", "residual")
-    finished = [run for run in runs if run.kind in kinds and run.result.status == "finished"]
-    seeds = [run.seed for run in finished]
-    if not seeds:
-        raise InputError(
-            f"{path} has no finished run of a plain or residual network; "
-            "train some with python experiments/degradation.py --depths 18,34,56"
-        )
-    known = sorted(set(seeds))
-    if seed is None:
-        seed = max(known, key=seeds.count)
-    if seed not in known:
-        raise InputError(f"--seed must be one of {', '.join(map(str, known))}, not {seed}")
-    return [run for run in finished if run.seed == seed]
-
-
-def restore_network(path: Path, run: Run) -> Network:
-    restored = restore(run_directory(path, *run.key))
-    model = restored.model
-    if not isinstance(model, ResNet) or model.preactivation:
-        raise InputError(f"{path}: {run.kind}-{run.depth} is not a version 1 ResNet")
-    # Values that `remat` recomputes cannot be captured.
-    return Network(run, restored, model.clone(remat=False))
-
-
-def load_images(network: Network, data_dir: Path | None) -> Dataset:
-    """Load the data set that the study was trained on."""
-    own: Any = network.run.config.get("dataset")
-    known = isinstance(own, dict) and DATASET_NAME.fullmatch(str(own.get("name")))
-    if not known or type(own.get("train_examples")) is not int:
-        raise InputError(f"the config of {network.name} names no data set")
-    dataset = load_dataset(own["name"], data_dir, own["train_examples"])
-    dataset = dataset.resized(network.restored.preprocess.size)
-    if dataset.fingerprint() != own.get("sha256"):
-        raise InputError(
-            f"{own['name']} is not the data this study was trained on (sha256 differs)"
-        )
-    return dataset
-
-
-def sample(network: Network, split: Split, count: int) -> Images:
-    """Draw a fixed sample of images, normalised, in the order of the split."""
-    rows = np.arange(len(split.labels))
-    if count < len(rows):
-        rows = np.sort(np.random.default_rng(0).choice(rows, count, replace=False))
-    images = network.restored.preprocess(split.images[rows])
-    return Images(*replicate((images, jnp.asarray(split.labels[rows])), data_mesh()))
-
-
-def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
+def parse_options(arguments: list[str] | None) -> Options:
     parser = ArgumentParser(description=__doc__)
     add = parser.add_argument
     add("study", type=Path, metavar="STUDY_DIR", help="study directory written by degradation.py")
@@ -260,10 +189,10 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
     add(
         "--redraw", action="store_true", help="regenerate figures and texts from the stored numbers"
     )
-    args = parser.parse(arguments)
-    for name in args.only or ():
+    options = Options(**vars(parser.parse(arguments)))
+    for name in options.only or ():
         check_choice("--only", name, tuple(DIAGNOSTICS))
-    return args
+    return options
 
 
 if __name__ == "__main__":

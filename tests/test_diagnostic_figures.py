@@ -12,24 +12,23 @@ import pytest
 from matplotlib.colors import to_hex
 
 from flaxnets import InputError
-from flaxnets.diagnostics import (
-    DIAGNOSTICS,
-    Construction,
-    Gradients,
-    Landscape,
-    LoggedGradients,
-    Residuals,
-    Responses,
-    Setting,
+from flaxnets.diagnostics import DIAGNOSTICS
+from flaxnets.diagnostics.construction import Construction, History
+from flaxnets.diagnostics.finding import (
+    LARGEST_FILE,
+    read_findings,
     read_numbers,
     write_finding,
     write_numbers,
 )
-from flaxnets.diagnostics.construction import History
-from flaxnets.diagnostics.finding import significant, span
-from flaxnets.diagnostics.gradients import BARE, END, START, describe_flow
-from flaxnets.diagnostics.landscape import interpolate
-from flaxnets.diagnostics.panels import round_ticks
+from flaxnets.diagnostics.gradient_log import LoggedGradients
+from flaxnets.diagnostics.gradients import BARE, END, START, Gradients, describe_flow
+from flaxnets.diagnostics.landscape import Landscape, interpolate
+from flaxnets.diagnostics.residuals import Residuals
+from flaxnets.diagnostics.responses import Responses
+from flaxnets.diagnostics.scales import round_ticks
+from flaxnets.diagnostics.study import Setting
+from flaxnets.diagnostics.text import significant, span
 from flaxnets.reporting import figures
 from flaxnets.reporting.figures import colour_depths
 
@@ -389,8 +388,8 @@ def test_the_construction_says_how_training_went_on():
 def test_residuals_name_the_worst_block():
     found = made_residuals().describe()
     assert (
-        "Without one of its blocks, residual-14 has a test error of 5.0 % in the median and "
-        "73.0 % at worst; whole, it has 4.0 %." in found.paragraph
+        "With one block removed, the median test error of residual-14 is 5.0 % and the highest is "
+        "73.0 % (intact: 4.0 %)." in found.paragraph
     )
     assert found.table.rows[-1] == ("residual-14", "3", "4.0", "5.0", "73.0", "conv1", "0.90")
 
@@ -399,7 +398,7 @@ def test_lower_points_are_counted():
     surface = BOWL.copy()
     surface[0, 0], surface[4, 4] = 0.01, math.nan
     found = made_landscape(BOWL, surface).describe()
-    assert "are 0 around plain-14 and 1 around residual-14" in found.paragraph
+    assert "0 around plain-14 and 1 around residual-14 have a lower loss" in found.paragraph
     assert found.table.rows[1][-2:] == ("1", "1")
 
 
@@ -428,20 +427,26 @@ def test_numbers_that_are_not_finite_are_null(tmp_path):
     ("change", "reason"),
     [
         (lambda v: "{", "damaged"),
-        (lambda v: [], "does not have the fields study, images, norms"),
-        (lambda v: {**v, "more": 1}, "does not have the fields"),
-        (lambda v: {**v, "images": "128"}, "images is not of the type int"),
-        (lambda v: {**v, "images": True}, "images is not of the type int"),
-        (lambda v: {**v, "norms": {}}, "its moments are not the expected ones"),
+        (lambda v: [], "Expected object, got array"),
+        (lambda v: {}, "missing required field study"),
+        (lambda v: {**v, "more": 1}, "unknown field more"),
+        (lambda v: {**v, "images": "128"}, "Expected int, got str - at images"),
+        (lambda v: {**v, "images": True}, "Expected int, got bool - at images"),
+        (lambda v: {**v, "images": None}, "Expected int, got float - at images"),
+        (lambda v: {**v, "images": 0}, "Expected int >= 1 - at images"),
+        (lambda v: {**v, "images": 10**400}, "at images"),
+        (lambda v: {**v, "norms": {}}, "length >= 3 - at norms"),
         (
-            lambda v: {**v, "norms": {**v["norms"], START: {"plain-8": {"conv1": "x"}}}},
-            "type float",
+            lambda v: {**v, "norms": {**v["norms"], START: {"plain-8": dict.fromkeys("abc", "x")}}},
+            "Expected float, got str",
         ),
-        (lambda v: {**v, "norms": {**v["norms"], START: {"evil-8": {}}}}, "'evil-8' is not a netw"),
-        (lambda v: {**v, "norms": {**v["norms"], START: {"plain-9": {}}}}, "not of the study's"),
-        (lambda v: {**v, "norms": {**v["norms"], START: {"plain-8": {}}}}, "fewer than three"),
+        (lambda v: {**v, "norms": {**v["norms"], "later": {}}}, "Invalid enum value 'later'"),
+        (lambda v: {**v, "norms": {**v["norms"], START: {"evil-8": {}}}}, "at key in $.norms[...]"),
+        (lambda v: {**v, "norms": {**v["norms"], START: {"plain-8": {}}}}, "length >= 3"),
         (lambda v: {**v, "study": {**v["study"], "depths": 8}}, "damaged"),
         (lambda v: "[" * 100_000, "damaged"),
+        (lambda v: "[" * 900 + "]" * 900, "damaged"),
+        (lambda v: " " * (LARGEST_FILE + 1), "too large"),
     ],
 )
 def test_damaged_numbers_are_refused(tmp_path, change, reason):
@@ -451,6 +456,47 @@ def test_damaged_numbers_are_refused(tmp_path, change, reason):
     path.write_text(changed if isinstance(changed, str) else json.dumps(changed))
     with pytest.raises(InputError, match=re.escape(reason)):
         read_numbers(path, Gradients)
+
+
+@pytest.mark.parametrize("name", [name for name in MADE if name != "landscape"])
+def test_networks_of_other_studies_are_not_drawn(draw, name):
+    numbers = MADE[name]
+    with pytest.raises(ValueError, match="is not of the study's depths"):
+        draw(replace(numbers, study=replace(numbers.study, depths=(6, 8))))
+
+
+def test_findings_are_read_as_they_were_written(tmp_path):
+    path = tmp_path / "diagnostics.json"
+    for name in ("responses", "gradients"):
+        write_finding(tmp_path, name, MADE[name].describe(), list(DIAGNOSTICS))
+    found = read_findings(path)
+    assert [entry.name for entry in found] == ["gradients", "responses"]
+    assert [entry.table for entry in found] == [MADE[e.name].describe().table for e in found]
+    # Entries of earlier versions have no table, and stay.
+    entries = json.loads(path.read_text())
+    del entries[0]["table"]
+    path.write_text(json.dumps(entries))
+    write_finding(tmp_path, "responses", MADE["responses"].describe(), list(DIAGNOSTICS))
+    assert [entry.name for entry in read_findings(path)] == ["gradients", "responses"]
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda entries: {},
+        lambda entries: [{**entries[0], "title": None}],
+        lambda entries: [{**entries[0], "more": 1}],
+        lambda entries: [{**entries[0], "table": {"headings": ["a"], "rows": [[1]]}}],
+    ],
+)
+def test_damaged_findings_are_refused_and_replaced(tmp_path, change):
+    path = tmp_path / "diagnostics.json"
+    write_finding(tmp_path, "gradients", MADE["gradients"].describe(), list(DIAGNOSTICS))
+    path.write_text(json.dumps(change(json.loads(path.read_text()))))
+    with pytest.raises(InputError, match=r"diagnostics\.json is damaged, or of an earlier version"):
+        read_findings(path)
+    write_finding(tmp_path, "responses", MADE["responses"].describe(), list(DIAGNOSTICS))
+    assert [entry.name for entry in read_findings(path)] == ["responses"]
 
 
 def test_numbers_that_are_not_there_are_refused(tmp_path):

@@ -6,7 +6,7 @@ import re
 import shutil
 import signal
 import time
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from types import SimpleNamespace
 
 import jax
@@ -20,7 +20,6 @@ from flaxnets import InputError
 from flaxnets.cli.main import run_command
 from flaxnets.diagnostics import (
     GradientLog,
-    NotPossibleError,
     gradient_norms,
     insert_identities,
     layer_names,
@@ -31,9 +30,10 @@ from flaxnets.diagnostics import (
     read_gradients,
     residual_ratios,
     without_batch_norm,
-    write_numbers,
 )
 from flaxnets.diagnostics import construction as construction_module
+from flaxnets.diagnostics.finding import NotPossibleError, write_numbers
+from flaxnets.diagnostics.study import Setting
 from flaxnets.models.stacking import stack_blocks
 from flaxnets.training import RECIPES
 from tests.helpers import quick_jit, random_images, random_variables
@@ -410,13 +410,19 @@ def test_a_construction_goes_on_where_it_was_stopped(
         ("{empty} --redraw", "holds no diagnostic numbers; leave out --redraw"),
         ("{numbers} --redraw", r"gradients\.json is damaged, or of an earlier version"),
         ("{numbers} --redraw --only responses", r"responses\.json cannot be read"),
+        ("{foreign} --redraw", r"construction\.json is damaged .*plain-14 is not of the study's"),
     ],
 )
 def test_bad_input_gives_one_line(diagnostics, study, capsys, tmp_path, arguments, line):
     numbers = tmp_path / "numbers"
     (numbers / "diagnostics").mkdir(parents=True)
     (numbers / "diagnostics" / "gradients.json").write_text('{"at the start": {}}')
-    arguments = arguments.format(study=study.out, empty=tmp_path, numbers=numbers)
+    foreign = tmp_path / "foreign"
+    (foreign / "diagnostics").mkdir(parents=True)
+    setting = Setting("digits", 220, 0, (6, 8))
+    stored = replace(MADE["construction"], study=setting)
+    write_numbers(foreign / "diagnostics" / "construction.json", stored)
+    arguments = arguments.format(study=study.out, empty=tmp_path, numbers=numbers, foreign=foreign)
     assert run_command(diagnostics.main, arguments.split()) == 2
     err = capsys.readouterr().err
     assert err.count("\n") == 1

@@ -5,29 +5,9 @@ numbers that are stored. Figure, sentences and table are made from these numbers
 """
 
 from flaxnets.diagnostics.construction import Construction, insert_identities
-from flaxnets.diagnostics.finding import (
-    Diagnostic,
-    Finding,
-    Images,
-    Network,
-    NotPossibleError,
-    Options,
-    Setting,
-    Study,
-    Table,
-    TrainingPlan,
-    read_numbers,
-    write_finding,
-    write_numbers,
-)
-from flaxnets.diagnostics.gradients import (
-    GradientLog,
-    Gradients,
-    LoggedGradients,
-    gradient_norms,
-    read_gradients,
-    without_batch_norm,
-)
+from flaxnets.diagnostics.finding import Diagnostic
+from flaxnets.diagnostics.gradient_log import GradientLog, LoggedGradients, read_gradients
+from flaxnets.diagnostics.gradients import Gradients, gradient_norms, without_batch_norm
 from flaxnets.diagnostics.landscape import Landscape, loss_surface, random_direction
 from flaxnets.diagnostics.layers import block_names, layer_names
 from flaxnets.diagnostics.residuals import Residuals, lesion_errors, residual_ratios
@@ -45,23 +25,7 @@ DIAGNOSTICS: dict[str, type[Diagnostic]] = {
 
 __all__ = [
     "DIAGNOSTICS",
-    "Construction",
-    "Diagnostic",
-    "Finding",
     "GradientLog",
-    "Gradients",
-    "Images",
-    "Landscape",
-    "LoggedGradients",
-    "Network",
-    "NotPossibleError",
-    "Options",
-    "Residuals",
-    "Responses",
-    "Setting",
-    "Study",
-    "Table",
-    "TrainingPlan",
     "block_names",
     "gradient_norms",
     "insert_identities",
@@ -71,9 +35,6 @@ __all__ = [
     "loss_surface",
     "random_direction",
     "read_gradients",
-    "read_numbers",
     "residual_ratios",
     "without_batch_norm",
-    "write_finding",
-    "write_numbers",
 ]

@@ -3,32 +3,35 @@
 import math
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, Literal, Self
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from matplotlib.figure import Figure
 
+from flaxnets.decoding import Positive
 from flaxnets.diagnostics.finding import (
     Finding,
-    Network,
+    MeasureOptions,
     NotPossibleError,
-    Options,
-    Setting,
-    Study,
     Table,
     TrainingPlan,
-    split_name,
 )
 from flaxnets.diagnostics.layers import Variables, watch_modules
 from flaxnets.diagnostics.panels import WIDTH
+from flaxnets.diagnostics.study import (
+    DiagnosedStudy,
+    MeasuredNetwork,
+    NetworkName,
+    Setting,
+    split_name,
+)
 from flaxnets.models.cost import count_cost
 from flaxnets.models.resnet import ResNet
 from flaxnets.parallel import data_mesh, replicate
 from flaxnets.reporting.figures import (
     STYLES,
-    colour_depths,
     label_ends,
     scale_errors,
     style_axes,
@@ -120,54 +123,34 @@ class Construction:
     """
 
     study: Setting
-    shallow: str
-    deep: str
+    shallow: NetworkName
+    deep: NetworkName
     identities: int
-    training_images: int
+    training_images: Positive
     largest_difference_of_logits: float
     train_error_shallow: float
     train_error_constructed: float
     train_error_from_scratch: float
-    status: str
+    status: Literal["finished", "diverged"]
     continued: list[dict[str, float]]
-    histories: dict[str, History]
-
-    def __post_init__(self) -> None:
-        self.study.check_names([self.shallow, self.deep])
-        if self.histories.keys() != {self.shallow, self.deep}:
-            raise ValueError("its histories are not those of its networks")
-        for history in self.histories.values():
-            if not history.steps or len(history.steps) != len(history.train_error):
-                raise ValueError("a history does not have an error for each epoch")
-        if not self.continued or any(
-            {"step", "train_error"} - row.keys() for row in self.continued
-        ):
-            raise ValueError("its rows are not those of a run")
+    histories: dict[NetworkName, History]
 
     @classmethod
-    def measure(cls, study: Study, options: Options) -> Self | None:
+    def measure(cls, study: DiagnosedStudy, options: MeasureOptions) -> Self | None:
         plain = [network for network in study.of_kind("plain") if network.model.block == "basic"]
         if len(plain) < 2:
             raise NotPossibleError(
                 "it needs plain networks of two-convolution blocks at two depths"
             )
         shallow, deep = plain[0], plain[-1]
-        images = study.train.images
-        variables = insert_identities(shallow.model, shallow.variables, deep.model, images)
-        data = study.dataset
-        # Accelerators round float32 in convolutions unless told not to.
-        with jax.default_matmul_precision("highest"):
-            logits = [
-                compute_logits(
-                    network.model.clone(dtype=jnp.float32),
-                    values,
-                    data.preprocess,
-                    data.train.images,
-                    EVAL_BATCH,
-                )
-                for network, values in ((shallow, shallow.variables), (deep, variables))
-            ]
-        labels = data.train.labels
+        variables = insert_identities(
+            shallow.model, shallow.variables, deep.model, study.train.images
+        )
+        logits = [
+            exact_logits(network.model, values, study)
+            for network, values in ((shallow, shallow.variables), (deep, variables))
+        ]
+        labels = study.dataset.train.labels
         errors = [100 * float((found.argmax(1) != labels).mean()) for found in logits]
         continued = continue_training(study, options, shallow, deep, variables)
         if continued.status == "unfinished":
@@ -192,37 +175,28 @@ class Construction:
 
     def draw(self, path: Path) -> None:
         """Draw training error against epoch: both networks from scratch, and the construction."""
-        colours = colour_depths(self.study.depths)
-        depths = {name: split_name(name)[1] for name in (self.shallow, self.deep)}
-        start = History([0], [self.train_error_constructed])
-        rows = History.from_rows(self.continued)
-        built = History(start.steps + rows.steps, start.train_error + rows.train_error)
-        lines = [
-            (self.histories[self.shallow], depths[self.shallow], "from scratch", {}),
-            (self.histories[self.deep], depths[self.deep], "from scratch", {}),
-            (
-                built,
-                depths[self.deep],
-                f"made from {depths[self.shallow]}",
-                {"marker": "o", "ms": 5, "mfc": "white", "mew": 1.4},
-            ),
+        shallow = split_name(self.shallow)[1]
+        start = {"step": 0, "train_error": self.train_error_constructed}
+        marks = {"marker": "o", "ms": 5, "mfc": "white", "mew": 1.4}
+        curves = [
+            (self.shallow, self.histories[self.shallow], "from scratch", {}),
+            (self.deep, self.histories[self.deep], "from scratch", {}),
+            (self.deep, History.from_rows([start, *self.continued]), f"made from {shallow}", marks),
         ]
         figure = Figure(figsize=(WIDTH, 4.8), layout="constrained")
         ax = figure.subplots()
-        scale_errors(
-            ax, [e for history, *_ in lines for e in history.train_error], "training error"
-        )
+        errors = [error for _, history, *_ in curves for error in history.train_error]
+        scale_errors(ax, errors, "training error")
         ends = []
-        for history, depth, label, marks in lines:
+        for name, history, label, style in curves:
+            colour = self.study.colour(name)
             per_epoch = next((step for step in history.steps if step), 1)
             epochs = [step / per_epoch for step in history.steps]
-            style = {**STYLES["training error"], **marks, "color": colours[depth]}
+            style = {**STYLES["training error"], **style, "color": colour}
             ax.plot(epochs, history.train_error, clip_on=False, **style)
-            shown = [
-                p for p in zip(epochs, history.train_error, strict=True) if math.isfinite(p[1])
-            ]
-            if shown:
-                ends.append((*shown[-1], f"{depth} {label}", colours[depth]))
+            points = zip(epochs, history.train_error, strict=True)
+            if shown := [point for point in points if math.isfinite(point[1])]:
+                ends.append((*shown[-1], f"{split_name(name)[1]} {label}", colour))
         ax.set_xlim(left=0)
         ax.set_xlabel("epoch")
         ax.set_title("plain", fontsize="medium")
@@ -233,55 +207,69 @@ class Construction:
 
     def describe(self) -> Finding:
         constructed, scratch = self.train_error_constructed, self.train_error_from_scratch
-        if math.isfinite(self.largest_difference_of_logits):
-            difference = f"differ by at most {self.largest_difference_of_logits:.1e}"
-        else:
-            difference = "are not all finite"
-        gap = round(scratch, 2) - round(constructed, 2)
-        if abs(gap) < 0.005:
-            compared = ", as low as that of the construction"
-        elif gap > 0:
-            compared = (
-                f", {gap:.2f} points higher: a better solution exists, and this training has not "
-                "found it"
-            )
-        elif gap < 0:
-            compared = f", {-gap:.2f} points lower than the construction"
-        else:
-            compared = ""
-        steps = int(self.continued[-1]["step"])
-        ends = f"ends at {self.continued[-1]['train_error']:.2f} %"
+        largest = self.largest_difference_of_logits
+        finite = math.isfinite(largest)
+        difference = f"differ by at most {largest:.1e}" if finite else "are not all finite"
+        steps, end = int(self.continued[-1]["step"]), f"{self.continued[-1]['train_error']:.2f}"
+        diverged = self.status == "diverged"
         sentences = [
-            f"{self.deep} made from the trained {self.shallow} and {self.identities} blocks that "
-            f"are identities has a training error of {constructed:.2f} % ({self.shallow} itself: "
-            f"{self.train_error_shallow:.2f} %); the logits of the two on all "
-            f"{self.training_images:,} training images {difference}.",
-            f"Trained from scratch, {self.deep} ended at {scratch:.2f} %{compared}.",
-            f"Trained on from the construction for {steps:,} updates, it "
-            f"{'diverges' if self.status == 'diverged' else ends} (seed {self.study.seed}).",
+            f"{self.deep}, made from the trained {self.shallow} and {self.identities} identity "
+            f"blocks, has a training error of {constructed:.2f} %; that of {self.shallow} is "
+            f"{self.train_error_shallow:.2f} %.",
+            f"On all {self.training_images:,} training images, their logits {difference}.",
+            f"Trained from scratch, {self.deep} ended at {scratch:.2f} %"
+            f"{compare_errors(scratch, constructed)}.",
+            f"Trained further from the construction for {steps:,} updates, it "
+            f"{'diverges' if diverged else f'ends at {end} %'} (seed {self.study.seed}).",
         ]
+        built = f"{self.shallow} and identities"
         rows = [
             *(
                 (name, "from scratch", f"{history.steps[-1]:,}", f"{history.train_error[-1]:.2f}")
                 for name, history in self.histories.items()
             ),
-            (self.deep, f"{self.shallow} and identities", "0", f"{constructed:.2f}"),
-            (
-                self.deep,
-                f"{self.shallow} and identities",
-                f"{steps:,}",
-                "diverged"
-                if self.status == "diverged"
-                else f"{self.continued[-1]['train_error']:.2f}",
-            ),
+            (self.deep, built, "0", f"{constructed:.2f}"),
+            (self.deep, built, f"{steps:,}", "diverged" if diverged else end),
         ]
         headings = ("network", "start", "updates", "training error, %")
         title = "A deep network made from a shallow one"
         return Finding(title, " ".join(sentences), Table(headings, rows))
 
 
+def exact_logits(model: ResNet, variables: dict[str, Any], study: DiagnosedStudy) -> np.ndarray:
+    """Compute the logits of all training images in full float32."""
+    data = study.dataset
+    # Accelerators round float32 in convolutions unless told not to.
+    with jax.default_matmul_precision("highest"):
+        return compute_logits(
+            model.clone(dtype=jnp.float32),
+            variables,
+            data.preprocess,
+            data.train.images,
+            EVAL_BATCH,
+        )
+
+
+def compare_errors(scratch: float, constructed: float) -> str:
+    """Compare the error of training from scratch with the construction's, as they are printed."""
+    gap = round(scratch, 2) - round(constructed, 2)
+    if not math.isfinite(gap):
+        return ""
+    if abs(gap) < 0.005:
+        return ", as low as that of the construction"
+    if gap < 0:
+        return f", {-gap:.2f} points lower than the construction"
+    return (
+        f", {gap:.2f} points higher: a better solution exists, and this training has not found it"
+    )
+
+
 def continue_training(
-    study: Study, options: Options, shallow: Network, deep: Network, variables: dict[str, Any]
+    study: DiagnosedStudy,
+    options: MeasureOptions,
+    shallow: MeasuredNetwork,
+    deep: MeasuredNetwork,
+    variables: dict[str, Any],
 ) -> RunResult:
     """Train a constructed network with the study's recipe, in a separate run directory.
 
@@ -301,33 +289,22 @@ def continue_training(
     mesh = data_mesh()
     model: Any = deep.restored.model
     setup = TrainSetup.create(model, deep.run.depth, recipe, study.dataset, mesh)
-    name, seed = f"{deep.name}-from-{shallow.name}", deep.run.seed
+    images, seed = len(study.train.labels), deep.run.seed
     config = {
         **deep.run.config,
         "recipe": asdict(recipe),
         "total_steps": setup.total_steps,
-        "init_from": {
-            "run": shallow.name,
-            "step": shallow.restored.step,
-            "images": len(study.train.labels),
-        },
+        "init_from": {"run": shallow.name, "step": shallow.restored.step, "images": images},
     }
 
     def begin(state: TrainState) -> TrainState:
         return state.replace(**replicate(variables, mesh))
 
-    work = count_cost(deep.model, setup.image_shape, study.dataset.num_classes).work
-    plan = TrainingPlan(
-        name, float(work), setup.total_steps, setup.steps_per_epoch, recipe.batch_size
-    )
-    run = f"{epochs}-epochs-{len(study.train.labels)}-images-seed-{seed}"
+    name = f"{deep.name}-from-{shallow.name}"
+    directory = study.out / name / f"{epochs}-epochs-{images}-images-seed-{seed}"
+    work = float(count_cost(deep.model, setup.image_shape, study.dataset.num_classes).work)
+    plan = TrainingPlan(name, work, setup.total_steps, setup.steps_per_epoch, recipe.batch_size)
     with options.watch(plan) as on_progress:
         return train_run(
-            setup,
-            seed,
-            study.out / name / run,
-            on_progress,
-            options.stop,
-            config=config,
-            begin=begin,
+            setup, seed, directory, on_progress, options.stop, config=config, begin=begin
         )

@@ -1,44 +1,37 @@
-"""Do gradients vanish? Norms of the gradient of each layer's kernel, and their log in training."""
+"""Do gradients vanish? Norms of the gradient with respect to each layer's kernel."""
 
-import csv
-import io
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, Self
+from typing import Annotated, Any, Literal, Self, get_args
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from msgspec import Meta
 
-from flaxnets.diagnostics.finding import (
-    Finding,
-    Images,
-    Network,
-    NotPossibleError,
-    Options,
-    Setting,
-    Study,
-    Table,
-    deepest_of_each_kind,
-    listed,
-    significant,
-    span,
-    split_name,
-)
+from flaxnets.decoding import Positive
+from flaxnets.diagnostics.finding import Finding, MeasureOptions, Table
 from flaxnets.diagnostics.layers import Variables, find_layer, layer_names
-from flaxnets.diagnostics.panels import Line, Row, draw_grid, number_values, set_log_scale
-from flaxnets.errors import InputError
-from flaxnets.files import write_atomic
+from flaxnets.diagnostics.panels import draw_grid, number_values
+from flaxnets.diagnostics.scales import set_log_scale
+from flaxnets.diagnostics.study import (
+    DiagnosedStudy,
+    MeasuredNetwork,
+    NetworkName,
+    Setting,
+    deepest_of_each_kind,
+)
+from flaxnets.diagnostics.text import significant
 from flaxnets.models.resnet import ResNet
-from flaxnets.models.stacking import unscanned, unstack_blocks
-from flaxnets.parallel import data_mesh, is_primary, replicate
-from flaxnets.studies.directory import run_directory
-from flaxnets.training.steps import TrainState, cross_entropy, init_variables
+from flaxnets.parallel import data_mesh, replicate
+from flaxnets.training.steps import cross_entropy, init_variables
 
-START, BARE, END = "at the start", "at the start, without BatchNorm", "at the end of training"
+Moment = Literal["at the start", "at the start, without BatchNorm", "at the end of training"]
+MOMENTS: tuple[Moment, Moment, Moment] = get_args(Moment)
+START, BARE, END = MOMENTS
 
 
 def gradient_norms(
@@ -53,13 +46,15 @@ def gradient_norms(
       images: float32 `(batch, height, width, channels)`, normalised.
       labels: int `(batch,)`.
     """
-    gradients = jax.jit(partial(_gradients, model))(dict(variables), images, labels)
-    return {name: float(gradients[name]) for name in layer_names(variables["params"])}
+    norms = jax.jit(partial(trace_norms, model))(dict(variables), images, labels)
+    return {name: float(norms[name]) for name in layer_names(variables["params"])}
 
 
-def _gradients(
+def trace_norms(
     model: nn.Module, variables: dict[str, Any], images: jax.Array, labels: jax.Array
 ) -> dict[str, jax.Array]:
+    """Compute `gradient_norms` within `jax.jit`."""
+
     def loss(params: Any) -> jax.Array:
         logits: Any
         logits, _ = model.apply(
@@ -91,7 +86,7 @@ class _Nothing(nn.Module):
         return x
 
 
-def initial_variables(network: Network) -> dict[str, Any]:
+def initial_variables(network: MeasuredNetwork) -> dict[str, Any]:
     """Recreate the variables that the run began with, as `create_state` makes them."""
     init_key, _ = jax.random.split(jax.random.key(network.run.seed))
     shape = network.restored.preprocess.input_shape
@@ -102,48 +97,39 @@ def initial_variables(network: Network) -> dict[str, Any]:
 class Gradients:
     """Norms of the gradients of kernels: moment -> network -> layer -> norm.
 
-    The loss is that of `images` training images.
+    The loss is that of `images` training images. Every network has two convolutions or more, and a
+    dense layer.
     """
 
     study: Setting
-    images: int
-    norms: dict[str, dict[str, dict[str, float]]]
-
-    def __post_init__(self) -> None:
-        if self.norms.keys() != {START, BARE, END}:
-            raise ValueError("its moments are not the expected ones")
-        for norms in self.norms.values():
-            self.study.check_names(norms)
-            if any(len(layers) < 3 for layers in norms.values()):
-                raise ValueError("a network has fewer than three layers")
+    images: Positive
+    norms: Annotated[
+        dict[Moment, dict[NetworkName, Annotated[dict[str, float], Meta(min_length=3)]]],
+        Meta(min_length=3),
+    ]
 
     @classmethod
-    def measure(cls, study: Study, options: Options) -> Self:
-        batch = Images(*(array[: options.batch] for array in study.train))
-        initial = {network.name: initial_variables(network) for network in study.networks}
-        moments: dict[str, Callable[[Network], tuple[Any, Any]]] = {
-            START: lambda network: (network.model, initial[network.name]),
-            BARE: lambda network: (
-                without_batch_norm(network.model),
-                {"params": initial[network.name]["params"]},
-            ),
-            END: lambda network: (network.model, network.variables),
-        }
-        norms = {
-            moment: {
-                network.name: gradient_norms(*at(network), *batch) for network in study.networks
-            }
-            for moment, at in moments.items()
-        }
-        return cls(study.setting, len(batch.labels), norms)
+    def measure(cls, study: DiagnosedStudy, options: MeasureOptions) -> Self:
+        images, labels = (array[: options.batch] for array in study.train)
+        norms: dict[Moment, dict[NetworkName, dict[str, float]]]
+        norms = {moment: {} for moment in MOMENTS}
+        for network in study.networks:
+            name, model, initial = network.name, network.model, initial_variables(network)
+            bare, params = without_batch_norm(model), {"params": initial["params"]}
+            norms[START][name] = gradient_norms(model, initial, images, labels)
+            norms[BARE][name] = gradient_norms(bare, params, images, labels)
+            norms[END][name] = gradient_norms(model, network.variables, images, labels)
+        return cls(study.setting, len(labels), norms)
 
-    def convolutions(self, moment: str) -> dict[str, list[float]]:
+    def convolutions(self, moment: Moment) -> dict[NetworkName, dict[str, float]]:
         """Return the norms at a moment, of every layer but the last one, which is dense."""
-        return {name: list(layers.values())[:-1] for name, layers in self.norms[moment].items()}
+        return {
+            name: dict(list(layers.items())[:-1]) for name, layers in self.norms[moment].items()
+        }
 
     def draw(self, path: Path) -> None:
         draw_grid(
-            [Row(each, number_values(self.convolutions(each))) for each in (START, BARE, END)],
+            {moment: number_values(self.convolutions(moment)) for moment in MOMENTS},
             self.study,
             path,
             "gradients of the convolutions' kernels",
@@ -152,30 +138,32 @@ class Gradients:
         )
 
     def describe(self) -> Finding:
-        norms = {moment: self.convolutions(moment) for moment in (START, BARE, END)}
-        sentences = [
-            f"{beginning} of {name} {describe_flow(norms[START][name])} at the start, "
-            f"{describe_flow(norms[BARE][name])} there without BatchNorm, and "
-            f"{describe_flow(norms[END][name])} at the end of training."
-            for beginning, name in zip(
-                ("From the last convolution to the first, the gradient", "That"),
-                deepest_of_each_kind(norms[START]),
-                strict=False,
+        norms = {
+            moment: {name: [*layers.values()] for name, layers in self.convolutions(moment).items()}
+            for moment in MOMENTS
+        }
+        subject = "From the last convolution to the first, the gradient"
+        sentences = []
+        for name in deepest_of_each_kind(norms[START]):
+            start, bare, end = (describe_flow(norms[moment][name]) for moment in MOMENTS)
+            sentences.append(
+                f"{subject} of {name} {start} at the start, {bare} at the start without BatchNorm, "
+                f"and {end} at the end of training."
             )
-        ]
+            subject = "That"
         sentences.append(
-            f"The loss is that of {self.images:,} training images, seed {self.study.seed}."
+            f"The loss is that of {self.images:,} training images (seed {self.study.seed})."
         )
-        short = {START: "start", BARE: "start, no BatchNorm", END: "end"}
+        short = ("start", "start, no BatchNorm", "end")
         rows = [
             (
                 name,
-                short[moment],
+                moment,
                 significant(values[-1]),
                 significant(values[0]),
                 significant(values[0] / values[-1]) if values[-1] else "-",
             )
-            for moment, networks in norms.items()
+            for moment, networks in zip(short, norms.values(), strict=True)
             for name, values in networks.items()
         ]
         headings = ("network", "moment", "last convolution", "first convolution", "first / last")
@@ -196,145 +184,3 @@ def describe_flow(norms: Sequence[float]) -> str:
     if factor == "1.00":
         return "keeps its norm"
     return f"{'grows' if first > last else 'shrinks'} {factor}-fold"
-
-
-# Gradients through training.
-
-PLACES = ("first convolution", "middle convolution", "last convolution")
-
-
-@dataclass(frozen=True)
-class LoggedGradients:
-    """Gradients logged by runs: network -> one row per epoch, see `GradientLog`."""
-
-    study: Setting
-    rows: dict[str, list[dict[str, float]]]
-
-    def __post_init__(self) -> None:
-        self.study.check_names(self.rows)
-        for rows in self.rows.values():
-            if not rows or any(row.keys() != rows[0].keys() for row in rows) or len(rows[0]) < 5:
-                raise ValueError("its rows are not those of a gradients.csv")
-
-    @classmethod
-    def measure(cls, study: Study, options: Options) -> Self:
-        """Read what the runs have logged."""
-        logged = {}
-        for network in study.networks:
-            directory = run_directory(study.path, *network.run.key)
-            if rows := read_gradients(directory, layer_names(network.variables["params"])):
-                logged[network.name] = rows
-        if not logged:
-            raise NotPossibleError("no run has been trained with --log-gradients")
-        return cls(study.setting, logged)
-
-    def series(self, name: str) -> dict[str, list[float]]:
-        """Return the norms of a network at three places, one value per epoch."""
-        rows = self.rows[name]
-        layers = list(rows[0])[2:]  # after epoch and step
-        chosen = (layers[0], layers[len(layers) // 2], layers[-2])  # the last one is dense
-        return {
-            place: [row[layer] for row in rows] for place, layer in zip(PLACES, chosen, strict=True)
-        }
-
-    def draw(self, path: Path) -> None:
-        series = {name: self.series(name) for name in self.rows}
-        rows = [
-            Row(
-                place,
-                {
-                    name: Line(
-                        split_name(name)[1], [row["epoch"] for row in rows], series[name][place]
-                    )
-                    for name, rows in self.rows.items()
-                },
-            )
-            for place in PLACES
-        ]
-        draw_grid(
-            rows,
-            self.study,
-            path,
-            "gradients of the convolutions' kernels through training",
-            ("epoch", "norm of the gradient"),
-            set_log_scale,
-            dots=max(len(rows) for rows in self.rows.values()) <= 30,
-        )
-
-    def describe(self) -> Finding:
-        series = {name: self.series(name) for name in self.rows}
-        clauses = [
-            f"{span(series[name][PLACES[0]])} in {name}" for name in deepest_of_each_kind(series)
-        ]
-        paragraph = (
-            f"Over the epochs, the norm of the first convolution's gradient is {listed(clauses)}. "
-            f"Each value is from the end of an epoch, seed {self.study.seed}."
-        )
-        rows = [
-            (name, f"{len(self.rows[name])}", *(span(places[place]) for place in PLACES))
-            for name, places in series.items()
-        ]
-        headings = ("network", "epochs", *PLACES)
-        return Finding("Gradients through training", paragraph, Table(headings, rows))
-
-
-def read_gradients(directory: Path, names: Sequence[str]) -> list[dict[str, float]]:
-    """Read the rows of a run's `gradients.csv`, one per epoch; none without the file.
-
-    Raises:
-      InputError: it is damaged, or its layers are not `names`.
-    """
-    path = directory / "gradients.csv"
-    if not path.is_file():
-        return []
-    with path.open(newline="", encoding="utf-8") as file:
-        reader = csv.DictReader(file)
-        try:
-            if reader.fieldnames != ["epoch", "step", *names]:
-                raise ValueError("its columns are not epoch, step and this network's layers")
-            return [
-                {k: (int if k in ("epoch", "step") else float)(v) for k, v in row.items()}
-                for row in reader
-            ]
-        except (TypeError, ValueError) as error:
-            raise InputError(f"{path} is damaged ({error}); move it away") from error
-
-
-class GradientLog:
-    """`gradients.csv` in a run directory: `epoch`, `step` and the norm of each layer's gradient.
-
-    The gradient is that of the mean loss on fixed training images, as in `gradient_norms`. A run
-    that resumes from an earlier step drops the later rows and writes them again.
-    """
-
-    def __init__(self, model: nn.Module, images: jax.Array, labels: jax.Array) -> None:
-        self._norms = jax.jit(partial(_gradients, unscanned(model)))
-        self._images, self._labels = images, labels
-        shapes = jax.eval_shape(
-            lambda: unscanned(model).init(jax.random.key(0), images[:1], train=False)
-        )
-        self._names = layer_names(shapes["params"])
-
-    def check(self, directory: Path) -> None:
-        """Refuse a damaged `gradients.csv` before the run resumes.
-
-        Raises:
-          InputError: as `read_gradients`.
-        """
-        read_gradients(directory, self._names)
-
-    def write(self, directory: Path, state: TrainState, row: Mapping[str, Any]) -> None:
-        """Add a row for `state` at the end of an epoch, whose row of `metrics.csv` is `row`."""
-        variables = unstack_blocks(state.variables)
-        norms = jax.device_get(self._norms(variables, self._images, self._labels))
-        if not is_primary():
-            return
-        names = self._names
-        earlier = [old for old in read_gradients(directory, names) if old["step"] < row["step"]]
-        place = {"epoch": row["epoch"], "step": row["step"]}
-        rows = [*earlier, {**place, **{name: float(norms[name]) for name in names}}]
-        text = io.StringIO()
-        writer = csv.DictWriter(text, ["epoch", "step", *names], lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(rows)
-        write_atomic(directory / "gradients.csv", text.getvalue())

@@ -4,7 +4,7 @@ import math
 import zlib
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Self
+from typing import Annotated, Any, Self
 
 import flax.linen as nn
 import jax
@@ -12,23 +12,20 @@ import jax.numpy as jnp
 import numpy as np
 from matplotlib import colormaps
 from matplotlib.axes import Axes
+from matplotlib.cm import ScalarMappable
 from matplotlib.colors import LogNorm
 from matplotlib.figure import Figure
 from matplotlib.patheffects import withStroke
+from msgspec import Meta
 from scipy.interpolate import RectBivariateSpline
 
-from flaxnets.diagnostics.finding import (
-    Finding,
-    NotPossibleError,
-    Options,
-    Setting,
-    Study,
-    Table,
-    listed,
-    significant,
-)
+from flaxnets.decoding import Finite, Positive
+from flaxnets.diagnostics.finding import Finding, MeasureOptions, NotPossibleError, Table
 from flaxnets.diagnostics.layers import Variables
-from flaxnets.diagnostics.panels import WIDTH, round_ticks
+from flaxnets.diagnostics.panels import WIDTH
+from flaxnets.diagnostics.scales import round_ticks
+from flaxnets.diagnostics.study import DiagnosedStudy, NetworkName, Setting
+from flaxnets.diagnostics.text import listed, significant
 from flaxnets.reporting.figures import write_png_and_svg
 from flaxnets.training.steps import cross_entropy
 
@@ -95,15 +92,11 @@ def loss_surface(
         )
         return cross_entropy(logits, labels).mean()
 
-    return np.array(
-        [
-            [
-                float(loss(variables, directions, jnp.float32([x, y]), images, labels))
-                for x in offsets
-            ]
-            for y in offsets
-        ]
-    )
+    def row(y: float) -> list[float]:
+        at = (jnp.float32([x, y]) for x in offsets)
+        return [float(loss(variables, directions, point, images, labels)) for point in at]
+
+    return np.array([row(y) for y in offsets])
 
 
 @dataclass(frozen=True)
@@ -117,21 +110,12 @@ class Landscape:
     """
 
     study: Setting
-    images: int
-    offsets: list[float]
-    loss: dict[str, list[list[float]]]
-
-    def __post_init__(self) -> None:
-        self.study.check_names(self.loss)
-        count = len(self.offsets)
-        if count < 3 or any(a >= b for a, b in zip(self.offsets, self.offsets[1:], strict=False)):
-            raise ValueError("its offsets do not rise")
-        for rows in self.loss.values():
-            if len(rows) != count or any(len(row) != count for row in rows):
-                raise ValueError("a surface is not a square over the offsets")
+    images: Positive
+    offsets: Annotated[list[Finite], Meta(min_length=3)]
+    loss: Annotated[dict[NetworkName, list[list[float]]], Meta(min_length=1)]
 
     @classmethod
-    def measure(cls, study: Study, options: Options) -> Self:
+    def measure(cls, study: DiagnosedStudy, options: MeasureOptions) -> Self:
         twins = study.twins()
         if not twins:
             raise NotPossibleError("it needs a plain and a residual network of one depth")
@@ -151,22 +135,20 @@ class Landscape:
         """
         surfaces = {name: np.array(rows) for name, rows in self.loss.items()}
         low, high = colour_range(list(surfaces.values()))
+        # 64 colours keep the file small.
+        mapping = ScalarMappable(LogNorm(low, high), colormaps["cividis"].resampled(64))
         figure = Figure(figsize=(WIDTH, 4.6), layout="constrained")
-        axes: list[Axes] = list(
-            figure.subplots(1, len(surfaces), sharex=True, sharey=True, squeeze=False)[0]
-        )
-        edge = (self.offsets[0], self.offsets[-1])
-        fine = np.linspace(*edge, DRAWN)
-        picture = None
+        axes = figure.subplots(1, len(surfaces), sharex=True, sharey=True, squeeze=False)[0]
+        first, last = self.offsets[0], self.offsets[-1]
+        fine = np.linspace(first, last, DRAWN)
         for ax, (name, surface) in zip(axes, surfaces.items(), strict=True):
             smooth = interpolate(np.array(self.offsets), surface, low, high, fine)
-            picture = ax.imshow(
+            ax.imshow(
                 smooth,
-                norm=LogNorm(low, high),
-                # 64 colours keep the file small.
-                cmap=colormaps["cividis"].resampled(64),
+                norm=mapping.norm,
+                cmap=mapping.cmap,
                 origin="lower",
-                extent=(*edge, *edge),
+                extent=(first, last, first, last),
                 interpolation="bilinear",
             )
             _draw_contours(ax, fine, smooth)
@@ -174,11 +156,9 @@ class Landscape:
             ax.plot(0, 0, path_effects=[withStroke(linewidth=3.4, foreground="0.25")], **cross)
             ax.set_title(name, fontsize="medium")
             ax.set_xlabel("offset along a random direction")
-            ax.set_xticks([-1, -0.5, 0, 0.5, 1] if edge == (-1, 1) else [edge[0], 0, edge[1]])
-            ax.set_yticks(ax.get_xticks())
-        axes[0].set_ylabel("offset along another one")
-        assert picture is not None
-        bar = figure.colorbar(picture, ax=axes, label="loss, logarithmic", extend="max")
+        ticks = [-1, -0.5, 0, 0.5, 1] if (first, last) == (-1, 1) else [first, 0, last]
+        axes[0].set(xticks=ticks, yticks=ticks, ylabel="offset along another one")
+        bar = figure.colorbar(mapping, ax=axes, label="loss, logarithmic", extend="max")
         ticks = round_ticks(low, high, most=12)
         bar.set_ticks(ticks, labels=[f"{tick:g}" for tick in ticks])
         bar.minorticks_off()
@@ -186,36 +166,33 @@ class Landscape:
         write_png_and_svg(figure, path, f"{title}\n{self.study}")
 
     def describe(self) -> Finding:
-        rows, clauses, lower = [], [], []
+        rows, sentences, lower = [], [], []
+        middle, points = len(self.offsets) // 2, len(self.offsets) ** 2
         for name, values in self.loss.items():
             surface = np.array(values)
-            middle = len(self.offsets) // 2
             centre = float(surface[middle, middle])
             rim = np.concatenate([surface[0], surface[-1], surface[1:-1, 0], surface[1:-1, -1]])
             rim = rim[np.isfinite(rim)]
             # An empty rim has no median.
             ends = [float(f(rim)) if rim.size else math.nan for f in (np.min, np.median, np.max)]
-            below = int((surface < centre).sum())
-            lost = int((~np.isfinite(surface)).sum())
-            clauses.append(
-                f"at {name} the loss is {significant(centre)}, and {significant(ends[1])} in the "
-                "median on the rim of the square"
+            below, lost = (surface < centre).sum(), (~np.isfinite(surface)).sum()
+            sentences.append(
+                f"At {name}, the loss is {significant(centre)}; the median loss on the rim of the "
+                f"square is {significant(ends[1])}."
             )
             lower.append(f"{below} around {name}")
             rows.append((name, *map(significant, (centre, *ends)), f"{below}", f"{lost}"))
-        points = len(self.offsets) ** 2 - 1
-        paragraph = (
-            f"{'; '.join(clauses)}. Of the other {points} points, those with a lower loss than the "
-            f"network itself are {listed(lower)}. The squares reach as far as the kernels are "
-            f"long, filter by filter; the loss is that of {self.images:,} training images in "
-            f"training mode, seed {self.study.seed}."
-        )
-        paragraph = paragraph[0].upper() + paragraph[1:]
+        sentences += [
+            f"Of the other {points - 1} points, {listed(lower)} have a lower loss than the network "
+            "at the centre.",
+            "The square extends by one filter norm in each direction, and the loss is that of "
+            f"{self.images:,} training images in training mode (seed {self.study.seed}).",
+        ]
         headings = (
             *("network", "at the network", "rim, lowest", "rim, median", "rim, highest"),
             *("points lower", "points not finite"),
         )
-        return Finding("Loss landscapes", paragraph, Table(headings, rows))
+        return Finding("Loss landscapes", " ".join(sentences), Table(headings, rows))
 
 
 def _draw_contours(ax: Axes, fine: np.ndarray, smooth: np.ndarray) -> None:

@@ -14,6 +14,8 @@ import jax
 from flaxnets.models.resnet import zero_padded_identity
 
 Variables = Mapping[str, Any]
+# Input and output of modules by name; the network itself has the empty name.
+Signals = dict[str, tuple[jax.Array, jax.Array]]
 
 
 def layer_names(params: Mapping[str, Any]) -> list[str]:
@@ -43,23 +45,34 @@ def find_layer(tree: Mapping[str, Any], name: str) -> Any:
 
 
 def watch_modules(
-    model: nn.Module, variables: Variables, images: jax.Array
-) -> dict[str, tuple[jax.Array, jax.Array]]:
-    """Return the input and output of every module in evaluation mode, by name."""
-    seen = {}
+    model: nn.Module,
+    variables: Variables,
+    images: jax.Array,
+    change: Callable[[str, Signals, Any], Any] = lambda name, seen, output: output,
+) -> Signals:
+    """Return the input and output of every module in evaluation mode.
+
+    Args:
+      change: gets the name of a module, what has been seen so far and the module's output, and
+        returns what the next module gets in its place.
+    """
+    seen: Signals = {}
 
     def look(call: Callable, args: Any, kwargs: Any, context: nn.module.InterceptorContext) -> Any:
         output = call(*args, **kwargs)
-        if context.method_name == "__call__" and context.module.path:
-            seen["/".join(context.module.path)] = (args[0], output)
-        return output
+        if context.method_name != "__call__":
+            return output
+        name = "/".join(context.module.path)
+        seen[name] = (args[0], output)
+        seen[name] = (args[0], change(name, seen, output))
+        return seen[name][1]
 
     with nn.intercept_methods(look):
         model.apply(dict(variables), images, train=False)
     return seen
 
 
-def shortcut_output(seen: Mapping[str, Any], block: str, like: jax.Array) -> jax.Array:
+def shortcut_output(seen: Signals, block: str, like: jax.Array) -> jax.Array:
     """Return the output of a block's shortcut, with the shape of `like`.
 
     A plain block gets the parameter-free shortcut A. `seen` is returned by `watch_modules`.

@@ -2,10 +2,9 @@
 
 import re
 import statistics
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Self
+from typing import Self
 
 import flax.linen as nn
 import jax
@@ -14,17 +13,15 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
-from flaxnets.diagnostics.finding import (
-    Finding,
-    Options,
-    Setting,
-    Study,
-    Table,
-    deepest_of_each_kind,
-    finite,
-    split_name,
+from flaxnets.decoding import Positive
+from flaxnets.diagnostics.finding import Finding, MeasureOptions, Table
+from flaxnets.diagnostics.layers import (
+    Signals,
+    Variables,
+    block_names,
+    shortcut_output,
+    watch_modules,
 )
-from flaxnets.diagnostics.layers import Variables, block_names, shortcut_output, watch_modules
 from flaxnets.diagnostics.panels import (
     DOTS,
     LINE,
@@ -33,10 +30,18 @@ from flaxnets.diagnostics.panels import (
     list_kinds,
     name_depths,
     number_values,
-    of_kind,
 )
-from flaxnets.models.resnet import Block
-from flaxnets.reporting.figures import STYLES, colour_depths, scale_errors, write_png_and_svg
+from flaxnets.diagnostics.study import (
+    ByNetwork,
+    DiagnosedStudy,
+    Layers,
+    NetworkName,
+    Setting,
+    deepest_of_each_kind,
+    split_name,
+)
+from flaxnets.diagnostics.text import finite, listed
+from flaxnets.reporting.figures import STYLES, scale_errors, write_png_and_svg
 from flaxnets.training.steps import count_errors
 
 WHOLE = "none"  # key of the network with no block removed
@@ -79,22 +84,14 @@ def lesion_errors(
 
     @jax.jit
     def count(variables: dict, images: jax.Array, labels: jax.Array, removed: jax.Array):
-        seen = {}
+        def remove(name: str, seen: Signals, output: jax.Array) -> jax.Array:
+            if name not in blocks:
+                return output
+            # Blocks end in a rectifier.
+            rest = jnp.maximum(shortcut_output(seen, name, output), 0)
+            return jnp.where(removed == blocks.index(name), rest, output)
 
-        def remove(
-            call: Callable, args: Any, kwargs: Any, context: nn.module.InterceptorContext
-        ) -> Any:
-            output, path = call(*args, **kwargs), "/".join(context.module.path)
-            if context.method_name == "__call__":
-                seen[path] = (args[0], output)
-            if isinstance(context.module, Block):
-                # Blocks end in a rectifier.
-                rest = jnp.maximum(shortcut_output(seen, path, output), 0)
-                output = jnp.where(removed == blocks.index(path), rest, output)
-            return output
-
-        with nn.intercept_methods(remove):
-            logits: Any = model.apply(variables, images, train=False)
+        logits = watch_modules(model, variables, images, remove)[""][1]
         return count_errors(logits, labels).sum()
 
     return {
@@ -113,40 +110,29 @@ class Residuals:
     """
 
     study: Setting
-    images: int
-    ratios: dict[str, dict[str, float]]
-    lesions: dict[str, dict[str, float]]
+    images: Positive
+    ratios: dict[NetworkName, Layers]
+    lesions: ByNetwork
 
     def __post_init__(self) -> None:
-        self.study.check_names(self.lesions)
         if self.ratios.keys() != {name for name in self.lesions if name.startswith("residual")}:
             raise ValueError("its ratios are not those of the residual networks")
-        if any(WHOLE not in errors or len(errors) < 2 for errors in self.lesions.values()):
-            raise ValueError("a network lacks its own error or its blocks")
-        if not self.lesions or not all(self.ratios.values()):
-            raise ValueError("it lacks networks or blocks")
 
     @classmethod
-    def measure(cls, study: Study, options: Options) -> Self:
-        ratios = {
-            network.name: residual_ratios(network.model, network.variables, study.test.images)
-            for network in study.of_kind("residual")
-        }
-        lesions = {
-            network.name: {
-                block or WHOLE: error
-                for block, error in lesion_errors(
-                    network.model, network.variables, *study.test
-                ).items()
-            }
-            for network in study.networks
-        }
+    def measure(cls, study: DiagnosedStudy, options: MeasureOptions) -> Self:
+        ratios, lesions = {}, {}
+        for network in study.networks:
+            name, model, variables = network.name, network.model, network.variables
+            errors = lesion_errors(model, variables, *study.test)
+            lesions[name] = {block or WHOLE: error for block, error in errors.items()}
+            if network.run.kind == "residual":
+                ratios[name] = residual_ratios(model, variables, study.test.images)
         return cls(study.setting, len(study.test.labels), ratios, lesions)
 
-    def errors(self) -> dict[str, list[float]]:
+    def errors(self) -> dict[NetworkName, dict[str, float]]:
         """Return the test error without each block, in order."""
         return {
-            name: [error for block, error in errors.items() if block != WHOLE]
+            name: {block: error for block, error in errors.items() if block != WHOLE}
             for name, errors in self.lesions.items()
         }
 
@@ -155,31 +141,28 @@ class Residuals:
         kinds = list_kinds(self.lesions)
         rows = 2 if self.ratios else 1
         figure = Figure(figsize=(WIDTH, 1.6 + 3.0 * rows), layout="constrained")
-        axes = figure.subplots(rows, len(kinds), squeeze=False, sharex=True)
+        axes = figure.subplots(rows, len(kinds), squeeze=False, sharex=True, sharey="row")
+        errors = [error for blocks in self.lesions.values() for error in blocks.values()]
+        scale_errors(axes[0, 0], errors, "test error")
+        axes[0, 0].set_ylim(top=1.3 * axes[0, 0].get_ylim()[1])  # room for the depth labels
         for kind, column in zip(kinds, axes.T, strict=True):
             self._draw_lesions(column[0], kind)
             column[-1].set_xlabel("block, counted from the image")
-            if kind == "residual":
-                self._draw_ratios(column[1])
-            elif self.ratios:
-                column[1].set_axis_off()
-                # The empty panel below cannot carry the axis labels.
-                column[0].set_xlabel("block removed, counted from the image")
-                column[0].tick_params(labelbottom=True)
-        for ax in axes[0, 1:]:
-            ax.sharey(axes[0, 0])
-            ax.set_ylabel("")
-            ax.tick_params(labelleft=False)
-        depths = {split_name(name)[1] for name in self.lesions}
+        if self.ratios:
+            self._draw_ratios(axes[1, -1])
         handles = [
-            *name_depths(depths, self.study),
+            *name_depths(self.lesions, self.study),
             Line2D([], [], color="0.3", label="test error without the block", **LINE, **DOTS),
             Line2D(
                 [], [], color="0.3", label="test error of the whole network", **STYLES["test error"]
             ),
         ]
-        if self.ratios and kinds[0] == "plain":
+        if axes.size == 4:
+            # Below the plain networks there are no ratios, but room for the legend.
+            axes[0, 0].set_xlabel("block removed, counted from the image")
+            axes[0, 0].tick_params(labelbottom=True)
             free = axes[1, 0]
+            free.set_axis_off()
             free.legend(handles=handles, loc="center", frameon=False, bbox_to_anchor=(0.5, 0.6))
             text = "A removed block leaves its shortcut,\na plain one that of its residual twin."
             free.text(0.5, 0.2, text, ha="center", color="0.3", transform=free.transAxes)
@@ -188,71 +171,53 @@ class Residuals:
         write_png_and_svg(figure, path, f"blocks removed one by one\n{self.study}")
 
     def _draw_lesions(self, ax: Axes, kind: str) -> None:
-        errors = [error for blocks in self.lesions.values() for error in blocks.values()]
-        scale_errors(ax, errors, "test error")
-        ax.set_ylim(top=1.3 * ax.get_ylim()[1])  # room for the depth labels
-        colours = colour_depths(self.study.depths)
-        lines = number_values(self.errors())
         for name, errors in self.lesions.items():
-            if split_name(name)[0] == kind:
-                x, whole = lines[name].x, errors[WHOLE]
-                colour = colours[lines[name].depth]
-                ax.plot([x[0], x[-1]], [whole, whole], color=colour, **STYLES["test error"])
-        draw_lines(ax, of_kind(lines, kind), self.study, dots=True)
+            if name.startswith(kind):
+                ends, whole = (1, len(errors) - 1), (errors[WHOLE], errors[WHOLE])
+                ax.plot(ends, whole, color=self.study.colour(name), **STYLES["test error"])
+        draw_lines(ax, number_values(self.errors()), kind, self.study, dots=True)
         ax.set_title(f"{kind}, without one block", fontsize="medium")
 
     def _draw_ratios(self, ax: Axes) -> None:
-        ratios = {name: list(blocks.values()) for name, blocks in self.ratios.items()}
-        largest = max(finite(value for values in ratios.values() for value in values))
+        largest = max(finite(y for blocks in self.ratios.values() for y in blocks.values()))
         ax.set_ylim(0, 1.08 * largest if largest > 0 else 1.0)
-        draw_lines(ax, of_kind(number_values(ratios), "residual"), self.study, dots=True)
+        ax.tick_params(labelleft=True)
+        draw_lines(ax, number_values(self.ratios), "residual", self.study, dots=True)
         ax.set_ylabel("||F(x)|| / ||x||")
         ax.set_title("residual, what each block adds", fontsize="medium")
 
     def describe(self) -> Finding:
-        medians = {name: statistics.median(errors) for name, errors in self.errors().items()}
+        errors = self.errors()
+        medians = {name: statistics.median(blocks.values()) for name, blocks in errors.items()}
         ratios = {
             name: statistics.median(finite(blocks.values())) for name, blocks in self.ratios.items()
         }
         sentences = [
-            f"Without one of its blocks, {name} has a test error of {medians[name]:.1f} % in the "
-            f"median and {max(self.errors()[name]):.1f} % at worst; whole, it has "
-            f"{self.lesions[name][WHOLE]:.1f} %."
-            for name in deepest_of_each_kind(medians)
+            f"With one block removed, the median test error of {name} is {medians[name]:.1f} % and "
+            f"the highest is {max(errors[name].values()):.1f} % (intact: "
+            f"{self.lesions[name][WHOLE]:.1f} %)."
+            for name in deepest_of_each_kind(errors)
         ]
-        named = sorted(ratios, key=split_name)
-        if named:
-            chosen = dict.fromkeys((named[0], named[-1]))
+        if ratios:
+            by_depth = sorted(ratios, key=split_name)
+            ends = dict.fromkeys((by_depth[0], by_depth[-1]))
+            clauses = [f"{ratios[name]:.2f} in {name}" for name in ends]
             sentences.append(
-                "What a block adds, ||F(x)|| / ||x||, has the median "
-                + " and ".join(f"{ratios[name]:.2f} in {name}" for name in chosen)
-                + "."
+                "The median ratio of what a block adds to the signal it receives, ||F(x)|| / "
+                f"||x||, is {listed(clauses)}."
             )
         sentences.append(
-            f"The errors are those of {self.images:,} test images, seed {self.study.seed}."
+            f"All errors are those of {self.images:,} test images (seed {self.study.seed})."
         )
         rows = []
-        for name, errors in self.lesions.items():
-            others = {block: error for block, error in errors.items() if block != WHOLE}
-            worst = max(others, key=lambda block: others[block])
-            rows.append(
-                (
-                    name,
-                    f"{len(others)}",
-                    f"{errors[WHOLE]:.1f}",
-                    f"{medians[name]:.1f}",
-                    f"{others[worst]:.1f}",
-                    worst,
-                    f"{ratios[name]:.2f}" if name in ratios else "-",
-                )
-            )
+        for name, blocks in errors.items():
+            worst = max(blocks, key=lambda block: blocks[block])
+            numbers = (self.lesions[name][WHOLE], medians[name], blocks[worst])
+            ratio = f"{ratios[name]:.2f}" if name in ratios else "-"
+            percentages = (f"{number:.1f}" for number in numbers)
+            rows.append((name, f"{len(blocks)}", *percentages, worst, ratio))
         headings = (
-            "network",
-            "blocks",
-            "test error, %",
-            "median without a block, %",
-            "worst, %",
-            "worst block",
-            "median ||F(x)|| / ||x||",
+            *("network", "blocks", "test error, %", "median without a block, %", "worst, %"),
+            *("worst block", "median ||F(x)|| / ||x||"),
         )
         return Finding("Blocks one by one", " ".join(sentences), Table(headings, rows))

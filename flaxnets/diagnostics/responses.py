@@ -10,18 +10,13 @@ from typing import Self
 import flax.linen as nn
 import jax
 
-from flaxnets.diagnostics.finding import (
-    Finding,
-    Options,
-    Setting,
-    Study,
-    Table,
-    finite,
-    span,
-    split_name,
-)
+from flaxnets.decoding import Positive
+from flaxnets.diagnostics.finding import Finding, MeasureOptions, Table
 from flaxnets.diagnostics.layers import Variables, find_layer, layer_names, watch_modules
-from flaxnets.diagnostics.panels import Row, draw_grid, number_values, set_scale_around_one
+from flaxnets.diagnostics.panels import draw_grid, number_values
+from flaxnets.diagnostics.scales import set_scale_around_one
+from flaxnets.diagnostics.study import ByNetwork, DiagnosedStudy, NetworkName, Setting, split_name
+from flaxnets.diagnostics.text import finite, span
 
 
 def layer_responses(model: nn.Module, variables: Variables, images: jax.Array) -> dict[str, float]:
@@ -50,33 +45,27 @@ class Responses:
     """Standard deviations of responses on `images` test images: network -> 3x3 layer -> value."""
 
     study: Setting
-    images: int
-    spreads: dict[str, dict[str, float]]
-
-    def __post_init__(self) -> None:
-        self.study.check_names(self.spreads)
-        if not all(self.spreads.values()):
-            raise ValueError("a network has no layers")
+    images: Positive
+    spreads: ByNetwork
 
     @classmethod
-    def measure(cls, study: Study, options: Options) -> Self:
+    def measure(cls, study: DiagnosedStudy, options: MeasureOptions) -> Self:
         spreads = {
             network.name: layer_responses(network.model, network.variables, study.test.images)
             for network in study.networks
         }
         return cls(study.setting, len(study.test.labels), spreads)
 
-    def values(self) -> dict[str, list[float]]:
-        return {name: list(layers.values()) for name, layers in self.spreads.items()}
-
     def draw(self, path: Path) -> None:
-        values = self.values()
-        ranked = {name: sorted(spreads, reverse=True) for name, spreads in values.items()}
+        ranked = {
+            name: dict(sorted(spreads.items(), key=lambda item: item[1], reverse=True))
+            for name, spreads in self.spreads.items()
+        }
         draw_grid(
-            [
-                Row("in the order of the layers", number_values(values)),
-                Row("sorted, largest first", number_values(ranked)),
-            ],
+            {
+                "in the order of the layers": number_values(self.spreads),
+                "sorted, largest first": number_values(ranked),
+            },
             self.study,
             path,
             f"responses of the 3x3 layers on {self.images:,} test images",
@@ -85,37 +74,42 @@ class Responses:
         )
 
     def describe(self) -> Finding:
-        values = self.values()
-        means = {name: statistics.fmean(spreads) for name, spreads in values.items()}
+        means = {name: statistics.fmean(spreads.values()) for name, spreads in self.spreads.items()}
         sentences = [
-            f"On {self.images:,} test images (seed {self.study.seed}) the mean standard deviation "
-            f"of a network's 3x3 layers is {span(means.values())}; BatchNorm's scales start at 1."
+            "Averaged over a network's 3x3 layers, the standard deviation of the responses to "
+            f"{self.images:,} test images is {span(means.values())} (seed {self.study.seed}); "
+            "BatchNorm's scales start at 1.",
+            *compare_twins(means),
         ]
-        known = {name: mean for name, mean in means.items() if math.isfinite(mean)}
-        depths = sorted({split_name(name)[1] for name in known})
-        twins = [
-            (known[f"residual-{depth}"], known[f"plain-{depth}"])
-            for depth in depths
-            if f"residual-{depth}" in known and f"plain-{depth}" in known
-        ]
-        if twins:
-            less = sum(residual < plain for residual, plain in twins)
-            sentences.append(
-                f"Residual networks respond less than their plain twins at {less} of {len(twins)} "
-                f"depth{'s' * (len(twins) > 1)}."
-            )
-        residual = [f"residual-{depth}" for depth in depths if f"residual-{depth}" in known]
-        if len(residual) > 1:
-            change = known[residual[-1]] - known[residual[0]]
-            sentences.append(
-                f"From {residual[0]} to {residual[-1]} the mean changes by {change:+.3f}; in the "
-                "paper (Figure 7) it falls with depth, as each of more layers changes the signal "
-                "less."
-            )
         rows = []
-        for name, spreads in values.items():
-            shown = finite(spreads)
+        for name, spreads in self.spreads.items():
+            shown = finite(spreads.values())
             numbers = (min(shown), means[name], max(shown))
             rows.append((name, f"{len(spreads)}", *(f"{number:.3f}" for number in numbers)))
         headings = ("network", "3x3 layers", "lowest", "mean", "highest")
         return Finding("How much layers respond", " ".join(sentences), Table(headings, rows))
+
+
+def compare_twins(means: dict[NetworkName, float]) -> list[str]:
+    """Compare residual networks with their plain twins, and with one another."""
+    plain, residual = (
+        {split_name(n)[1]: mean for n, mean in means.items() if n.startswith(kind)}
+        for kind in ("plain", "residual")
+    )
+    residual = {depth: mean for depth, mean in sorted(residual.items()) if math.isfinite(mean)}
+    sentences = []
+    twins = [depth for depth in residual if math.isfinite(plain.get(depth, math.nan))]
+    if twins:
+        fewer = sum(residual[depth] < plain[depth] for depth in twins)
+        sentences.append(
+            f"Residual networks respond less than their plain twins at {fewer} of {len(twins)} "
+            f"depth{'s' * (len(twins) > 1)}."
+        )
+    if len(residual) > 1:
+        (shallow, first), *_, (deep, last) = residual.items()
+        sentences.append(
+            f"From residual-{shallow} to residual-{deep}, the mean changes by {last - first:+.3f}; "
+            "in the paper (Figure 7) it falls with depth, because each layer of a deeper network "
+            "changes the signal less."
+        )
+    return sentences

@@ -226,7 +226,8 @@ def label_ends(ax: Axes, labels: Sequence[tuple[float, float, str, str]]) -> Non
     """Write each label (x, y, text, colour) to the right of the end of its line.
 
     A label moves up if it would cover another one. If its line ends further left than others, it
-    moves up or down until it covers no line. Scales and lines must be set before.
+    moves up or down until it covers no line. All labels keep clear of the axis below. Scales and
+    lines must be set before.
     """
     ax.get_xlim()  # forces lazy autoscaling
     to_shares = ax.transScale + ax.transLimits  # as shares of the axes' width and height
@@ -248,12 +249,12 @@ def label_ends(ax: Axes, labels: Sequence[tuple[float, float, str, str]]) -> Non
             below = place[1] - np.fmax(heights[1:], heights[:-1]) > 0.6 * gap
             if not np.all(above | below | np.isnan(heights[1:])):
                 return False
-        return gap / 2 < place[1] < 1 - gap / 2
+        return gap / 2 <= place[1] < 1 - gap / 2
 
     steps = gap / 4 * np.arange(40)
     steps = np.stack([steps, -steps], 1).ravel()  # nearest first
     for x, y, text, colour in sorted(labels, key=lambda label: label[1]):
-        end = to_shares.transform((x, y))
+        end = np.fmax(to_shares.transform((x, y)), (0, gap / 2))
         stacked = sorted(max(0.0, above + gap - end[1]) for _, above in placed)
         shifts = [0.0, *stacked] if end[0] + 0.01 > last else steps
         places = (end + np.array([0, shift]) for shift in shifts)
