@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from matplotlib.figure import Figure
 
-from flaxnets.decoding import Positive
+from flaxnets.decoding import Count, Positive
 from flaxnets.diagnostics.finding import (
     Finding,
     MeasureOptions,
@@ -19,7 +19,7 @@ from flaxnets.diagnostics.finding import (
     TrainingPlan,
 )
 from flaxnets.diagnostics.layers import Variables, watch_modules
-from flaxnets.diagnostics.panels import WIDTH
+from flaxnets.diagnostics.panels import WIDTH, Line, draw_lines
 from flaxnets.diagnostics.study import (
     DiagnosedStudy,
     MeasuredNetwork,
@@ -30,19 +30,14 @@ from flaxnets.diagnostics.study import (
 from flaxnets.models.cost import count_cost
 from flaxnets.models.resnet import ResNet
 from flaxnets.parallel import data_mesh, replicate
-from flaxnets.reporting.figures import (
-    STYLES,
-    label_ends,
-    scale_errors,
-    style_axes,
-    write_png_and_svg,
-)
+from flaxnets.reporting.figures import STYLES, scale_errors, write_png_and_svg
 from flaxnets.training import Recipe, RunResult, TrainSetup, TrainState, train_run
 from flaxnets.training.evaluation import compute_logits
 from flaxnets.training.loop import EVAL_BATCH
 
 EPSILON = 1e-5  # epsilon of `flaxnets.models.layers.batch_norm`
 CONTINUED_EPOCHS = 20
+CIRCLES = {"marker": "o", "ms": 5, "mfc": "white", "mew": 1.4}
 
 
 def insert_identities(
@@ -97,12 +92,19 @@ def insert_identities(
 class History:
     """Training error in percent after each epoch of a run, at these updates."""
 
-    steps: list[int]
+    steps: list[Count]
     train_error: list[float]
 
     @classmethod
     def from_rows(cls, rows: list[dict[str, Any]]) -> Self:
         return cls([row["step"] for row in rows], [row["train_error"] for row in rows])
+
+    def make_line(self, name: NetworkName, label: str, **marks: Any) -> Line:
+        """Make the line of the training error against epoch."""
+        per_epoch = next((step for step in self.steps if step), 1)
+        epochs = [step / per_epoch for step in self.steps]
+        style = {**STYLES["training error"], **marks, "clip_on": False}
+        return Line(name, epochs, self.train_error, style, f"{split_name(name)[1]} {label}")
 
 
 @dataclass(frozen=True)
@@ -125,7 +127,7 @@ class Construction:
     study: Setting
     shallow: NetworkName
     deep: NetworkName
-    identities: int
+    identities: Count
     training_images: Positive
     largest_difference_of_logits: float
     train_error_shallow: float
@@ -175,33 +177,18 @@ class Construction:
 
     def draw(self, path: Path) -> None:
         """Draw training error against epoch: both networks from scratch, and the construction."""
-        shallow = split_name(self.shallow)[1]
         start = {"step": 0, "train_error": self.train_error_constructed}
-        marks = {"marker": "o", "ms": 5, "mfc": "white", "mew": 1.4}
-        curves = [
-            (self.shallow, self.histories[self.shallow], "from scratch", {}),
-            (self.deep, self.histories[self.deep], "from scratch", {}),
-            (self.deep, History.from_rows([start, *self.continued]), f"made from {shallow}", marks),
+        built = History.from_rows([start, *self.continued])
+        lines = [
+            *(history.make_line(name, "from scratch") for name, history in self.histories.items()),
+            built.make_line(self.deep, f"made from {split_name(self.shallow)[1]}", **CIRCLES),
         ]
         figure = Figure(figsize=(WIDTH, 4.8), layout="constrained")
         ax = figure.subplots()
-        errors = [error for _, history, *_ in curves for error in history.train_error]
-        scale_errors(ax, errors, "training error")
-        ends = []
-        for name, history, label, style in curves:
-            colour = self.study.colour(name)
-            per_epoch = next((step for step in history.steps if step), 1)
-            epochs = [step / per_epoch for step in history.steps]
-            style = {**STYLES["training error"], **style, "color": colour}
-            ax.plot(epochs, history.train_error, clip_on=False, **style)
-            points = zip(epochs, history.train_error, strict=True)
-            if shown := [point for point in points if math.isfinite(point[1])]:
-                ends.append((*shown[-1], f"{split_name(name)[1]} {label}", colour))
-        ax.set_xlim(left=0)
-        ax.set_xlabel("epoch")
+        scale_errors(ax, [error for line in lines for error in line.y], "training error")
+        ax.set(xlim=(0, 1.05 * max(x for line in lines for x in line.x)), xlabel="epoch")
+        draw_lines(ax, lines, self.study)
         ax.set_title("plain", fontsize="medium")
-        style_axes(ax)
-        label_ends(ax, ends)
         title = f"{self.deep} made from {self.shallow} and {self.identities} identity blocks"
         write_png_and_svg(figure, path, f"{title}\n{self.study}")
 

@@ -15,7 +15,7 @@ from msgspec import Meta
 from flaxnets.diagnostics.finding import Finding, MeasureOptions, NotPossibleError, Table
 from flaxnets.diagnostics.gradients import trace_norms
 from flaxnets.diagnostics.layers import layer_names
-from flaxnets.diagnostics.panels import Line, draw_grid
+from flaxnets.diagnostics.panels import DOTS, LINE, Line, draw_grid
 from flaxnets.diagnostics.scales import set_log_scale
 from flaxnets.diagnostics.study import DiagnosedStudy, NetworkName, Setting, deepest_of_each_kind
 from flaxnets.diagnostics.text import listed, span
@@ -121,17 +121,17 @@ class LoggedGradients:
 
     def draw(self, path: Path) -> None:
         epochs = {name: [row["epoch"] for row in rows] for name, rows in self.rows.items()}
+        style = DOTS if max(map(len, epochs.values())) <= 30 else LINE
         draw_grid(
             {
-                place: {name: Line(epochs[name], y) for name, y in self.series(place).items()}
-                for place in PLACES
+                place: [Line(name, epochs[name], y, style) for name, y in series.items()]
+                for place, series in zip(PLACES, map(self.series, PLACES), strict=True)
             },
             self.study,
             path,
             "gradients of the convolutions' kernels through training",
             ("epoch", "norm of the gradient"),
             set_log_scale,
-            dots=max(map(len, epochs.values())) <= 30,
         )
 
     def describe(self) -> Finding:

@@ -121,11 +121,9 @@ class Gradients:
             norms[END][name] = gradient_norms(model, network.variables, images, labels)
         return cls(study.setting, len(labels), norms)
 
-    def convolutions(self, moment: Moment) -> dict[NetworkName, dict[str, float]]:
+    def convolutions(self, moment: Moment) -> dict[NetworkName, list[float]]:
         """Return the norms at a moment, of every layer but the last one, which is dense."""
-        return {
-            name: dict(list(layers.items())[:-1]) for name, layers in self.norms[moment].items()
-        }
+        return {name: [*layers.values()][:-1] for name, layers in self.norms[moment].items()}
 
     def draw(self, path: Path) -> None:
         draw_grid(
@@ -138,10 +136,7 @@ class Gradients:
         )
 
     def describe(self) -> Finding:
-        norms = {
-            moment: {name: [*layers.values()] for name, layers in self.convolutions(moment).items()}
-            for moment in MOMENTS
-        }
+        norms = {moment: self.convolutions(moment) for moment in MOMENTS}
         subject = "From the last convolution to the first, the gradient"
         sentences = []
         for name in deepest_of_each_kind(norms[START]):

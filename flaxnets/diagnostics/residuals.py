@@ -24,7 +24,6 @@ from flaxnets.diagnostics.layers import (
 )
 from flaxnets.diagnostics.panels import (
     DOTS,
-    LINE,
     WIDTH,
     draw_lines,
     list_kinds,
@@ -152,9 +151,9 @@ class Residuals:
             self._draw_ratios(axes[1, -1])
         handles = [
             *name_depths(self.lesions, self.study),
-            Line2D([], [], color="0.3", label="test error without the block", **LINE, **DOTS),
+            Line2D([], [], c="0.3", label="test error without the block", **DOTS),
             Line2D(
-                [], [], color="0.3", label="test error of the whole network", **STYLES["test error"]
+                [], [], c="0.3", label="test error of the whole network", **STYLES["test error"]
             ),
         ]
         if axes.size == 4:
@@ -175,14 +174,20 @@ class Residuals:
             if name.startswith(kind):
                 ends, whole = (1, len(errors) - 1), (errors[WHOLE], errors[WHOLE])
                 ax.plot(ends, whole, color=self.study.colour(name), **STYLES["test error"])
-        draw_lines(ax, number_values(self.errors()), kind, self.study, dots=True)
+        errors = {
+            name: [*blocks.values()]
+            for name, blocks in self.errors().items()
+            if name.startswith(kind)
+        }
+        draw_lines(ax, number_values(errors, DOTS), self.study)
         ax.set_title(f"{kind}, without one block", fontsize="medium")
 
     def _draw_ratios(self, ax: Axes) -> None:
-        largest = max(finite(y for blocks in self.ratios.values() for y in blocks.values()))
+        ratios = {name: [*blocks.values()] for name, blocks in self.ratios.items()}
+        largest = max(finite(ratio for values in ratios.values() for ratio in values))
         ax.set_ylim(0, 1.08 * largest if largest > 0 else 1.0)
         ax.tick_params(labelleft=True)
-        draw_lines(ax, number_values(self.ratios), "residual", self.study, dots=True)
+        draw_lines(ax, number_values(ratios, DOTS), self.study)
         ax.set_ylabel("||F(x)|| / ||x||")
         ax.set_title("residual, what each block adds", fontsize="medium")
 

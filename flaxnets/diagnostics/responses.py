@@ -56,14 +56,15 @@ class Responses:
         }
         return cls(study.setting, len(study.test.labels), spreads)
 
+    def values(self) -> dict[NetworkName, list[float]]:
+        return {name: list(layers.values()) for name, layers in self.spreads.items()}
+
     def draw(self, path: Path) -> None:
-        ranked = {
-            name: dict(sorted(spreads.items(), key=lambda item: item[1], reverse=True))
-            for name, spreads in self.spreads.items()
-        }
+        values = self.values()
+        ranked = {name: sorted(spreads, reverse=True) for name, spreads in values.items()}
         draw_grid(
             {
-                "in the order of the layers": number_values(self.spreads),
+                "in the order of the layers": number_values(values),
                 "sorted, largest first": number_values(ranked),
             },
             self.study,
@@ -82,8 +83,8 @@ class Responses:
             *compare_twins(means),
         ]
         rows = []
-        for name, spreads in self.spreads.items():
-            shown = finite(spreads.values())
+        for name, spreads in self.values().items():
+            shown = finite(spreads)
             numbers = (min(shown), means[name], max(shown))
             rows.append((name, f"{len(spreads)}", *(f"{number:.3f}" for number in numbers)))
         headings = ("network", "3x3 layers", "lowest", "mean", "highest")
