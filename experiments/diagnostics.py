@@ -106,25 +106,24 @@ def redraw(options: Options, console: Console) -> int:
         raise InputError(f"{out} holds no diagnostic numbers; leave out --redraw")
     with lock_directory(out):
         for name in names:
-            show(console, make_finding(out, name))
+            try:
+                found = make_finding(out, name)
+            except (ArithmeticError, LookupError, TypeError, ValueError) as error:
+                if isinstance(error, InputError):
+                    raise
+                # Numbers that are valid one by one may still not fit one another.
+                problem = f"{type(error).__name__}: {error}"
+                raise InputError(f"{out / name}.json is damaged ({problem})") from error
+            show(console, found)
     console.print(f"\nfigures: {out}", soft_wrap=True)
     return 0
 
 
 def make_finding(out: Path, name: str) -> Finding:
-    """Draw and describe the stored numbers of a diagnostic.
-
-    Raises:
-      InputError: they are damaged.
-    """
+    """Describe and draw the stored numbers of a diagnostic."""
     numbers = read_numbers(out / f"{name}.json", DIAGNOSTICS[name])
-    try:
-        found = numbers.describe()
-        numbers.draw(out / f"{name}.png")
-    except (ArithmeticError, LookupError, TypeError, ValueError) as error:
-        # Numbers that are valid one by one may still not fit one another.
-        problem = f"{type(error).__name__}: {error}"
-        raise InputError(f"{out / name}.json is damaged ({problem})") from error
+    found = numbers.describe()
+    numbers.draw(out / f"{name}.png")
     write_finding(out, name, found, list(DIAGNOSTICS))
     return found
 
@@ -172,23 +171,14 @@ def parse_options(arguments: list[str] | None) -> Options:
     add("study", type=Path, metavar="STUDY_DIR", help="study directory written by degradation.py")
     add("--only", type=words, help="run only these diagnostics, such as gradients,landscape")
     add("--seed", type=int, help="seed of the networks (default: the one that most have)")
-    add(
-        "--images",
-        type=positive(int),
-        default=512,
-        help="images of each split (default: %(default)s)",
-    )
+    count = positive(int)
+    add("--images", type=count, default=512, help="images of each split (default: %(default)s)")
     batch = "training images for the gradients (default: %(default)s)"
-    add("--batch", type=positive(int), default=128, help=batch)
-    add(
-        "--epochs",
-        type=positive(int),
-        help="epochs of `construction` (default: the study's, at most 20)",
-    )
+    add("--batch", type=count, default=128, help=batch)
+    add("--epochs", type=count, help="epochs of `construction` (default: the study's, at most 20)")
     add("--data-dir", type=Path, help="TFDS data directory (default: TFDS's own)")
-    add(
-        "--redraw", action="store_true", help="regenerate figures and texts from the stored numbers"
-    )
+    again = "regenerate figures and texts from the stored numbers"
+    add("--redraw", action="store_true", help=again)
     options = Options(**vars(parser.parse(arguments)))
     for name in options.only or ():
         check_choice("--only", name, tuple(DIAGNOSTICS))

@@ -196,6 +196,14 @@ def test_labels_cover_neither_lines_nor_each_other(draw):
         assert abs(heights["8"] - line) > 0.04
 
 
+def test_labels_keep_clear_of_the_axis(draw):
+    """The end of a line at 0 is almost on the axis, which crossed its label."""
+    (ax,) = draw(made_construction()).axes
+    assert ax.lines[2].get_ydata()[-1] == 0
+    height = ax.get_window_extent().height * 72 / ax.figure.dpi  # points
+    assert min(text.xy[1] for text in ax.texts) * height > 5
+
+
 @pytest.mark.parametrize(
     "numbers",
     [

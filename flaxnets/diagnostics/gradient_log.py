@@ -124,8 +124,10 @@ class LoggedGradients:
         style = DOTS if max(map(len, epochs.values())) <= 30 else LINE
         draw_grid(
             {
-                place: [Line(name, epochs[name], y, style) for name, y in series.items()]
-                for place, series in zip(PLACES, map(self.series, PLACES), strict=True)
+                place: [
+                    Line(name, epochs[name], y, style) for name, y in self.series(place).items()
+                ]
+                for place in PLACES
             },
             self.study,
             path,
