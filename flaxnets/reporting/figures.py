@@ -142,7 +142,8 @@ def scale_errors(ax: Axes, errors: Sequence[float], name: str = "error") -> None
     top = min(100.0, max(errors, default=100.0))
     below = max((tick for tick in TICKS if tick <= min(errors, default=0.0)), default=0)
     ax.set_yscale("symlog", linthresh=1, linscale=0.6)
-    ax.set_ylim(0.98 * below if below else -0.04, 1.1 * max(top, 1.0))
+    # Labels of lines at 0 stay clear of the axis.
+    ax.set_ylim(0.98 * below if below else -0.11, 1.1 * max(top, 1.0))
     ax.yaxis.set_major_locator(FixedLocator(TICKS))
     ax.yaxis.set_major_formatter(FuncFormatter(lambda error, _: f"{error:g}"))
     ax.yaxis.set_minor_locator(NullLocator())
