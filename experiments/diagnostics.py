@@ -34,17 +34,16 @@ from flaxnets.cli.memory import keep_memory
 from flaxnets.cli.progress import StudyProgress, plain_console
 from flaxnets.diagnostics import DIAGNOSTICS
 from flaxnets.diagnostics.finding import (
-    Finding,
     MeasureOptions,
     NotPossibleError,
     TrainingPlan,
     read_numbers,
-    write_finding,
     write_numbers,
 )
 from flaxnets.diagnostics.study import read_study
 from flaxnets.errors import InputError
 from flaxnets.files import storage_errors
+from flaxnets.reporting.findings import Finding, write_finding
 from flaxnets.reporting.html_report import parse_number
 from flaxnets.studies.directory import lock_directory
 from flaxnets.text import duration
@@ -134,10 +133,11 @@ def make_finding(out: Path, name: str) -> Finding:
 def show(console: Console, found: Finding, note: str = "") -> None:
     console.print(f"\n{found.title}{note}\n{found.paragraph}", soft_wrap=True)
     table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
-    for heading, *cells in zip(found.table.headings, *found.table.rows, strict=True):
+    rows = [tuple(map(str, row)) for row in found.table.rows]
+    for heading, *cells in zip(found.table.headings, *rows, strict=True):
         numeric = any(parse_number(cell) is not None for cell in cells)
         table.add_column(heading, justify="right" if numeric else "left")
-    for row in found.table.rows:
+    for row in rows:
         table.add_row(*row)
     console.print(table)
 

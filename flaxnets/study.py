@@ -8,7 +8,7 @@ from collections.abc import Callable
 from dataclasses import KW_ONLY, dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import jax
 import jax.numpy as jnp
@@ -37,7 +37,15 @@ from flaxnets.studies.results import (
     write_summary,
 )
 from flaxnets.training import RECIPES, CheckpointEvery, Recipe
-from flaxnets.training.config import DEEPEST, DTYPES, DatasetConfig, StudyConfig
+from flaxnets.training.config import (
+    DEEPEST,
+    DatasetConfig,
+    Family,
+    Precision,
+    Shortcut,
+    Stem,
+    StudyConfig,
+)
 
 
 @dataclass(frozen=True)
@@ -66,14 +74,14 @@ class Study:
     _: KW_ONLY
     kinds: tuple[str | Build, ...] = ("plain", "residual")
     seeds: tuple[int, ...] = (0,)
-    family: str = "cifar"
-    shortcut: str = "A"
-    stem: str | None = None
+    family: Family = "cifar"
+    shortcut: Shortcut = "A"
+    stem: Stem | None = None
     dataset: str | Dataset = "digits"
     data_dir: str | Path | None = None
     train_examples: int | None = None
     recipe: Recipe | str | None = None
-    precision: str = "float32"
+    precision: Precision = "float32"
 
     def __post_init__(self) -> None:
         for name in ("depths", "kinds", "seeds"):  # any sequence will do
@@ -86,10 +94,10 @@ class Study:
             raise SettingError(error) from error
 
     def _check_choices(self) -> None:
-        check_choice("family", self.family, ("cifar", "imagenet"))
-        check_choice("shortcut", self.shortcut, ("A", "B", "C"))
-        check_choice("stem", self.stem or "small", ("imagenet", "small"))
-        check_choice("precision", self.precision, tuple(DTYPES))
+        check_choice("family", self.family, get_args(Family))
+        check_choice("shortcut", self.shortcut, get_args(Shortcut))
+        check_choice("stem", self.stem or "small", get_args(Stem))
+        check_choice("precision", self.precision, get_args(Precision))
         if isinstance(self.recipe, str):
             check_choice("recipe", self.recipe, tuple(RECIPES))
         if self.chosen_recipe.schedule == "plateau":
@@ -189,7 +197,7 @@ class Study:
             family=self.family,
             shortcut=self.shortcut,
             stem=self.stem or ("small" if self.family == "cifar" else "imagenet"),
-            precision="bfloat16" if self.precision == "bfloat16" else "float32",
+            precision=self.precision,
             dataset=DatasetConfig(
                 name=dataset.name,
                 version=dataset.version,

@@ -6,7 +6,7 @@ import re
 import shutil
 import signal
 import time
-from dataclasses import asdict, replace
+from dataclasses import replace
 from types import SimpleNamespace
 
 import jax
@@ -35,7 +35,7 @@ from flaxnets.diagnostics import construction as construction_module
 from flaxnets.diagnostics.finding import NotPossibleError, write_numbers
 from flaxnets.diagnostics.study import Setting
 from flaxnets.models.stacking import stack_blocks
-from flaxnets.training import RECIPES
+from tests.factories import make_run
 from tests.helpers import quick_jit, random_images, random_variables
 from tests.test_diagnostic_figures import MADE
 
@@ -465,7 +465,7 @@ def test_the_depths_are_those_of_the_whole_study(diagnostics, study, data_dir, t
 def test_a_batch_that_does_not_fit_skips_the_construction(study, data_dir, monkeypatch):
     """It is trained with the batch size of the study, whatever this machine's devices."""
     monkeypatch.setattr(construction_module.jax, "device_count", lambda: 7)
-    runs = SimpleNamespace(run=SimpleNamespace(config={"recipe": asdict(RECIPES["digits"])}))
+    runs = SimpleNamespace(run=make_run("plain", 8, 0))
     images = SimpleNamespace(dataset=SimpleNamespace(train=SimpleNamespace(labels=range(1437))))
     with pytest.raises(
         NotPossibleError, match="batches of 128 of 1437 images do not split evenly over"

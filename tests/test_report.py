@@ -27,6 +27,7 @@ from flaxnets.errors import DamageWarning, InputError
 from flaxnets.reporting import html_report
 from flaxnets.reporting.conclusion import conclude
 from flaxnets.reporting.error_panels import SCALES, draw_panel, list_errors
+from flaxnets.reporting.findings import Table
 from flaxnets.reporting.html_report import (
     Diagnostic,
     make_report,
@@ -299,14 +300,14 @@ def test_damaged_tables_are_left_out(diagnostics, table):
     (found,), (warning,) = diagnostics([{**entry("good.png"), "table": table}])
     assert found.table is None
     assert found.picture
-    assert "diagnostics.json is damaged (a table in it is not headings and rows" in warning
+    assert "diagnostics.json is damaged (a table in it is invalid" in warning
     assert warning.endswith("; the report leaves it out")
 
 
 def test_any_text_may_be_in_a_table():
     texts = [*map(str, HOSTILE), EVIL, "1e999", "9" * 500, "-1,234.5e+02", "1,2", "\ud800", ""]
-    rows = [[text] for text in texts]
-    page = make_report([], diagnostics=[Diagnostic(EVIL, EVIL, None, ([EVIL], rows))])
+    rows = [(text,) for text in texts]
+    page = make_report([], diagnostics=[Diagnostic(EVIL, EVIL, None, Table((EVIL,), rows))])
     assert page.encode()
     assert Page(page).tags.count("script") == 2
     assert not [name for name, _ in Page(page).attributes if name.startswith("on")]
@@ -879,7 +880,7 @@ def test_tables_are_sorted_by_their_headings(visit):
 @pytest.mark.parametrize("width", [360, 1600])
 @pytest.mark.parametrize("theme", ["light", "dark"])
 def test_it_fits_any_window_and_theme(visit, width, theme):
-    browser = visit(make_report(made_study(), [{"packages": {"jax": "1" * 200}}]), width, theme)
+    browser = visit(make_report(made_study(), [Environment({"jax": "1" * 200})]), width, theme)
     press(browser, "log")
     assert browser.execute_script("return document.documentElement.scrollWidth") <= width
     columns = {panel.location["x"] for panel in panels(browser).values()}
@@ -902,9 +903,10 @@ def wide_report():
     """With figures and tables that are wider than a phone."""
     picture = io.BytesIO()
     Image.new("RGB", (1408, 700), "white").save(picture, "png")
-    table = [f"heading {i}" for i in range(9)], [[f"cell {i} of a row" for i in range(9)]] * 3
+    row = tuple(f"cell {i} of a row" for i in range(9))
+    table = Table(tuple(f"heading {i}" for i in range(9)), [row] * 3)
     found = Diagnostic("A title", "Some words.", picture.getvalue(), table)
-    return make_report(made_study(), [{"packages": {"jax": "1" * 200}}], [found])
+    return make_report(made_study(), [Environment({"jax": "1" * 200})], [found])
 
 
 @needs_browser

@@ -1,7 +1,7 @@
 """A deep plain network made from a shallow one and identities, then trained further."""
 
 import math
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, Self
 
@@ -11,13 +11,7 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from flaxnets.decoding import Count, Positive
-from flaxnets.diagnostics.finding import (
-    Finding,
-    MeasureOptions,
-    NotPossibleError,
-    Table,
-    TrainingPlan,
-)
+from flaxnets.diagnostics.finding import MeasureOptions, NotPossibleError, TrainingPlan
 from flaxnets.diagnostics.layers import Variables, watch_modules
 from flaxnets.diagnostics.panels import WIDTH, Line, draw_lines
 from flaxnets.diagnostics.study import (
@@ -31,7 +25,9 @@ from flaxnets.models.cost import count_cost
 from flaxnets.models.resnet import ResNet
 from flaxnets.parallel import data_mesh, replicate
 from flaxnets.reporting.figures import STYLES, scale_errors, write_png_and_svg
-from flaxnets.training import Recipe, RunResult, TrainSetup, TrainState, train_run
+from flaxnets.reporting.findings import Finding, Table
+from flaxnets.training import RunResult, TrainSetup, TrainState, train_run
+from flaxnets.training.config import InitFrom
 from flaxnets.training.evaluation import compute_logits
 from flaxnets.training.loop import EVAL_BATCH
 
@@ -263,7 +259,7 @@ def continue_training(
     Raises:
       NotPossibleError: the recipe's batches do not fit this machine.
     """
-    recipe = Recipe.from_config(deep.run.config.get("recipe"))
+    recipe = deep.run.config.recipe
     examples, devices = len(study.dataset.train.labels), jax.device_count()
     if not 0 < recipe.batch_size <= examples or recipe.batch_size % devices:
         raise NotPossibleError(
@@ -277,12 +273,12 @@ def continue_training(
     model: Any = deep.restored.model
     setup = TrainSetup.create(model, deep.run.depth, recipe, study.dataset, mesh)
     images, seed = len(study.train.labels), deep.run.seed
-    config = {
-        **deep.run.config,
-        "recipe": asdict(recipe),
-        "total_steps": setup.total_steps,
-        "init_from": {"run": shallow.name, "step": shallow.restored.step, "images": images},
-    }
+    config = replace(
+        deep.run.config,
+        recipe=recipe,
+        total_steps=setup.total_steps,
+        init_from=InitFrom(shallow.name, f"step {shallow.restored.step}, {images} images"),
+    )
 
     def begin(state: TrainState) -> TrainState:
         return state.replace(**replicate(variables, mesh))

@@ -1,8 +1,8 @@
-"""What every diagnostic has in common: its options, its stored numbers and its finding."""
+"""What every diagnostic has in common: its options, and its stored numbers."""
 
 import json
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,6 +12,7 @@ from flaxnets.decoding import decode, encode
 from flaxnets.diagnostics.study import DiagnosedStudy, Setting
 from flaxnets.errors import InputError
 from flaxnets.files import write_atomic
+from flaxnets.reporting.findings import Finding
 from flaxnets.training import Progress
 
 LARGEST_FILE = 50_000_000  # bytes
@@ -51,23 +52,6 @@ class MeasureOptions:
     watch: Callable[[TrainingPlan], AbstractContextManager[Callable[[Progress], None]]]
 
 
-@dataclass(frozen=True)
-class Table:
-    """Headings, and rows of text; numbers are formatted."""
-
-    headings: tuple[str, ...]
-    rows: list[tuple[str, ...]]
-
-
-@dataclass(frozen=True)
-class Finding:
-    """Text and table that a diagnostic shows with its figure."""
-
-    title: str
-    paragraph: str
-    table: Table
-
-
 class Diagnostic(Protocol):
     """The numbers of one diagnostic, a dataclass that its JSON file stores.
 
@@ -101,48 +85,11 @@ def read_numbers(path: Path, kind: type[T]) -> T:
     Raises:
       InputError: the file cannot be read, or holds something else.
     """
-    return _read(path, kind, null=math.nan)
-
-
-@dataclass(frozen=True)
-class StoredFinding:
-    """An entry of `diagnostics.json`, which the report shows; early ones have no table."""
-
-    name: str
-    title: str
-    paragraph: str
-    figure: str
-    table: Table | None = None
-
-
-def write_finding(out: Path, name: str, found: Finding, order: Sequence[str]) -> None:
-    """Add a finding to `diagnostics.json`, whose entries are in this `order` of names."""
-    path = out / "diagnostics.json"
-    try:
-        entries = {entry.name: entry for entry in read_findings(path)}
-    except InputError:
-        entries = {}  # missing or damaged
-    entries[name] = StoredFinding(name, found.title, found.paragraph, f"{name}.png", found.table)
-    in_order = [entries[known] for known in order if known in entries]
-    write_atomic(path, json.dumps(encode(in_order), indent=2) + "\n")
-
-
-def read_findings(path: Path) -> list[StoredFinding]:
-    """Read `diagnostics.json`.
-
-    Raises:
-      InputError: the file cannot be read, or holds something else.
-    """
-    return _read(path, list[StoredFinding])
-
-
-def _read(path: Path, kind: type[T], null: float | None = None) -> T:
-    """Decode a JSON file, with `null` in place of every null."""
     try:
         if path.stat().st_size > LARGEST_FILE:
             raise ValueError("it is too large")
         content = json.loads(path.read_text(encoding="utf-8"))
-        value = _map_leaves(lambda leaf: null if leaf is None else leaf, content)
+        value = _map_leaves(lambda leaf: math.nan if leaf is None else leaf, content)
     except OSError as error:
         raise InputError(f"{path} cannot be read ({error.strerror})") from error
     except (ValueError, RecursionError) as error:

@@ -12,7 +12,7 @@ import flax.linen as nn
 import jax
 from msgspec import Meta
 
-from flaxnets.diagnostics.finding import Finding, MeasureOptions, NotPossibleError, Table
+from flaxnets.diagnostics.finding import MeasureOptions, NotPossibleError
 from flaxnets.diagnostics.gradients import trace_norms
 from flaxnets.diagnostics.layers import layer_names
 from flaxnets.diagnostics.panels import DOTS, LINE, Line, draw_grid
@@ -23,6 +23,7 @@ from flaxnets.errors import InputError
 from flaxnets.files import write_atomic
 from flaxnets.models.stacking import unscanned, unstack_blocks
 from flaxnets.parallel import is_primary
+from flaxnets.reporting.findings import Finding, Table
 from flaxnets.studies.directory import run_directory
 from flaxnets.training.steps import TrainState
 

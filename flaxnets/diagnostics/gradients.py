@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from msgspec import Meta
 
 from flaxnets.decoding import Positive
-from flaxnets.diagnostics.finding import Finding, MeasureOptions, Table
+from flaxnets.diagnostics.finding import MeasureOptions
 from flaxnets.diagnostics.layers import Variables, find_layer, layer_names
 from flaxnets.diagnostics.panels import draw_grid, number_values
 from flaxnets.diagnostics.scales import set_log_scale
@@ -27,6 +27,7 @@ from flaxnets.diagnostics.study import (
 from flaxnets.diagnostics.text import significant
 from flaxnets.models.resnet import ResNet
 from flaxnets.parallel import data_mesh, replicate
+from flaxnets.reporting.findings import Finding, Table
 from flaxnets.training.steps import cross_entropy, init_variables
 
 Moment = Literal["at the start", "at the start, without BatchNorm", "at the end of training"]

@@ -20,13 +20,14 @@ from msgspec import Meta
 from scipy.interpolate import RectBivariateSpline
 
 from flaxnets.decoding import Finite, Positive
-from flaxnets.diagnostics.finding import Finding, MeasureOptions, NotPossibleError, Table
+from flaxnets.diagnostics.finding import MeasureOptions, NotPossibleError
 from flaxnets.diagnostics.layers import Variables
 from flaxnets.diagnostics.panels import WIDTH
 from flaxnets.diagnostics.scales import round_ticks
 from flaxnets.diagnostics.study import DiagnosedStudy, NetworkName, Setting
 from flaxnets.diagnostics.text import listed, significant
 from flaxnets.reporting.figures import write_png_and_svg
+from flaxnets.reporting.findings import Finding, Table
 from flaxnets.training.steps import cross_entropy
 
 # Offsets of a square of points around a network, along both directions.

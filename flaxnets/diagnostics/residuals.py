@@ -14,7 +14,7 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
 from flaxnets.decoding import Positive
-from flaxnets.diagnostics.finding import Finding, MeasureOptions, Table
+from flaxnets.diagnostics.finding import MeasureOptions
 from flaxnets.diagnostics.layers import (
     Signals,
     Variables,
@@ -41,6 +41,7 @@ from flaxnets.diagnostics.study import (
 )
 from flaxnets.diagnostics.text import finite, listed
 from flaxnets.reporting.figures import STYLES, scale_errors, write_png_and_svg
+from flaxnets.reporting.findings import Finding, Table
 from flaxnets.training.steps import count_errors
 
 WHOLE = "none"  # key of the network with no block removed

@@ -11,12 +11,13 @@ import flax.linen as nn
 import jax
 
 from flaxnets.decoding import Positive
-from flaxnets.diagnostics.finding import Finding, MeasureOptions, Table
+from flaxnets.diagnostics.finding import MeasureOptions
 from flaxnets.diagnostics.layers import Variables, find_layer, layer_names, watch_modules
 from flaxnets.diagnostics.panels import draw_grid, number_values
 from flaxnets.diagnostics.scales import set_scale_around_one
 from flaxnets.diagnostics.study import ByNetwork, DiagnosedStudy, NetworkName, Setting, split_name
 from flaxnets.diagnostics.text import finite, span
+from flaxnets.reporting.findings import Finding, Table
 
 
 def layer_responses(model: nn.Module, variables: Variables, images: jax.Array) -> dict[str, float]:

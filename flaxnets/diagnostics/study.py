@@ -16,10 +16,9 @@ from flaxnets.errors import InputError
 from flaxnets.models.resnet import ResNet
 from flaxnets.parallel import data_mesh, replicate
 from flaxnets.reporting.figures import colour_depths
-from flaxnets.studies.config import DATASET_NAME
 from flaxnets.studies.directory import run_directory
 from flaxnets.studies.restore import Restored, restore
-from flaxnets.studies.study import Run, read_runs
+from flaxnets.studies.results import Run, read_runs
 
 # Kind and depth, such as `plain-56`.
 NetworkName = Annotated[str, msgspec.Meta(pattern=r"^(plain|residual)-[0-9]{1,4}\Z")]
@@ -186,16 +185,13 @@ def _restore_network(path: Path, run: Run) -> MeasuredNetwork:
 
 def _load_images(network: MeasuredNetwork, data_dir: Path | None) -> Dataset:
     """Load the data set that the study was trained on."""
-    own: Any = network.run.config.get("dataset")
-    known = isinstance(own, dict) and DATASET_NAME.fullmatch(str(own.get("name")))
-    if not known or type(own.get("train_examples")) is not int:
+    own = network.run.config.dataset
+    if not own.can_be_opened:
         raise InputError(f"the config of {network.name} names no data set")
-    dataset = load_dataset(own["name"], data_dir, own["train_examples"])
+    dataset = load_dataset(own.name, data_dir, own.train_examples)
     dataset = dataset.resized(network.restored.preprocess.size)
-    if dataset.fingerprint() != own.get("sha256"):
-        raise InputError(
-            f"{own['name']} is not the data this study was trained on (sha256 differs)"
-        )
+    if dataset.fingerprint() != own.sha256:
+        raise InputError(f"{own.name} is not the data this study was trained on (sha256 differs)")
     return dataset
 
 

@@ -17,12 +17,13 @@ from pathlib import Path
 from string import Template
 from typing import Any
 
-from flaxnets.decoding import encode
-from flaxnets.errors import DamageWarning
+from flaxnets.decoding import decode, encode
+from flaxnets.errors import DamageWarning, InputError
 from flaxnets.reporting.comparison import compare_depths, describe_differences
 from flaxnets.reporting.conclusion import conclude
 from flaxnets.reporting.error_panels import METRICS, SCALES, RunErrors, draw_panel, list_errors
 from flaxnets.reporting.figures import colour_depths
+from flaxnets.reporting.findings import FileName, StoredFinding, Table
 from flaxnets.reporting.reproduce import plain, reproduce
 from flaxnets.reporting.tables import blocks, network_name
 from flaxnets.studies.results import Network, Run, curves, group_runs
@@ -41,15 +42,12 @@ COLUMNS = (
 
 @dataclass(frozen=True)
 class Diagnostic:
-    """A finding about the networks of a study, with an optional PNG picture and table.
-
-    `table` has headings, and rows of text and numbers, as in `diagnostics.json`.
-    """
+    """A finding about the networks of a study, with an optional PNG picture and table."""
 
     title: str
     paragraph: str
     picture: bytes | None
-    table: tuple[list[str], list[list[str | float]]] | None = None
+    table: Table | None = None
 
 
 def make_report(
@@ -99,46 +97,31 @@ def read_diagnostics(study: Path) -> list[Diagnostic]:
         _warn(f"{path.parent} is a link")
         return []
     stored = _read_json(path)
-    if stored is not None and not isinstance(stored, list):
+    if stored is None:
+        return []
+    if not isinstance(stored, list):
         _warn(f"{path} is damaged (it is not a list)")
+        return []
     diagnostics = []
-    for entry in stored if isinstance(stored, list) else []:
-        keys = ("title", "paragraph", "figure")
-        title, paragraph, figure = map(entry.get, keys) if isinstance(entry, dict) else [None] * 3
-        if not isinstance(title, str) or not isinstance(paragraph, str):
-            _warn(f"{path} is damaged (an entry lacks a title or paragraph)")
-            continue
-        picture = None
-        if isinstance(figure, str) and re.fullmatch(r"\w[\w.-]{0,200}", figure):
-            picture = _read_picture(path.with_name(figure))
-        elif figure is not None:
-            _warn(f"{path} is damaged (a figure in it is not the name of a file next to it)")
-        table = None
-        if _is_table(entry.get("table")):
-            table = entry["table"]["headings"], entry["table"]["rows"]
-        elif entry.get("table") is not None:
-            _warn(f"{path} is damaged (a table in it is not headings and rows of equal length)")
-        diagnostics.append(Diagnostic(title, paragraph, picture, table))
+    for entry in stored:
+        found = _decode_part(StoredFinding, entry, f"{path} is damaged (an entry in it")
+        if found is not None:
+            name = _decode_part(FileName, found.figure, f"{path} is damaged (a figure in it")
+            picture = None if name is None else _read_picture(path.with_name(name))
+            table = _decode_part(Table, found.table, f"{path} is damaged (a table in it")
+            diagnostics.append(Diagnostic(found.title, found.paragraph, picture, table))
     return diagnostics
 
 
-def _is_table(value: Any) -> bool:
-    """Return whether `value` has headings, and rows of text or finite numbers of equal length."""
-    if not isinstance(value, dict):
-        return False
-    headings, rows = value.get("headings"), value.get("rows")
-    return (
-        isinstance(headings, list)
-        and isinstance(rows, list)
-        and bool(headings and rows)
-        and all(isinstance(heading, str) for heading in headings)
-        and all(isinstance(row, list) and len(row) == len(headings) for row in rows)
-        and all(
-            isinstance(cell, str) or (type(cell) in (int, float) and abs(cell) < 1e15)
-            for row in rows
-            for cell in row
-        )
-    )
+def _decode_part(kind: Any, value: object, what: str) -> Any:
+    """Decode a part of a file; None if there is none or, with a warning, if it is damaged."""
+    if value is None and kind is not StoredFinding:
+        return None
+    try:
+        return decode(kind, value, what)
+    except InputError as error:
+        _warn(f"{error})")
+        return None
 
 
 def parse_number(text: str) -> float | None:
@@ -399,24 +382,24 @@ def _diagnostics(diagnostics: Sequence[Diagnostic]) -> str:
         f"<h3>{_text(each.title)}</h3>"
         f"<p>{_text(each.paragraph)}</p>"
         + ("" if each.picture is None else _image(each.picture, each.title))
-        + ("" if each.table is None else _number_table(each.title, *each.table))
+        + ("" if each.table is None else _number_table(each.title, each.table))
         for each in diagnostics
     ]
     command = "<code>python experiments/diagnostics.py STUDY_DIR</code>"
     return "\n".join(sections) or f"<p>There are no diagnostics yet: {command} makes them.</p>"
 
 
-def _number_table(title: str, headings: list[str], rows: list[list[str | float]]) -> str:
+def _number_table(title: str, table: Table) -> str:
     """Make the table of a diagnostic. A column with any number is sorted by its numbers."""
     columns: list[list[Cell]] = []
-    for column in zip(*rows, strict=True):
+    for column in zip(*table.rows, strict=True):
         texts = [cell if isinstance(cell, str) else f"{cell:,.6g}" for cell in column]
         numbers = [parse_number(text) for text in texts]
         values = [math.nan if number is None else number for number in numbers]
         cells: list[Cell] = list(zip(texts, values, strict=True))
         columns.append([*texts] if all(map(math.isnan, values)) else cells)
     return _table(
-        f"{title}: table", headings, list(zip(*columns, strict=True)), heads_section=False
+        f"{title}: table", table.headings, list(zip(*columns, strict=True)), heads_section=False
     )
 
 

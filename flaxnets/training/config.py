@@ -18,6 +18,9 @@ DATASET_NAME = re.compile(r"\w[\w.+-]*(/[\w.+-]+)?(:[\d.]+)?")
 
 DEEPEST = 1202  # the paper's deepest; building deeper networks takes minutes
 
+Family = Literal["cifar", "imagenet"]
+Shortcut = Literal["A", "B", "C"]
+Stem = Literal["imagenet", "small"]
 Precision = Literal["float32", "bfloat16"]
 DTYPES: Mapping[Precision, Any] = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
 
@@ -97,7 +100,10 @@ class DatasetConfig:
 
 @dataclass(frozen=True)
 class InitFrom:
-    """Origin of a run's initial weights; `digest` is a sha256, or `step N` in early runs."""
+    """Origin of a run's initial weights.
+
+    `digest` is a sha256, or names the step in early runs and in diagnostics.
+    """
 
     path: str
     digest: str
@@ -111,9 +117,9 @@ class StudyConfig:
       family, shortcut, stem: how depth becomes a network; None for a run outside a study.
     """
 
-    family: Literal["cifar", "imagenet"] | None = None
-    shortcut: Literal["A", "B", "C"] | None = None
-    stem: Literal["imagenet", "small"] | None = None
+    family: Family | None = None
+    shortcut: Shortcut | None = None
+    stem: Stem | None = None
     precision: Precision
     dataset: DatasetConfig
     augmentation: Augmentation
@@ -175,12 +181,16 @@ def read_config(value: object) -> RunConfig:
 
 
 def upgrade(value: object) -> object:
-    """Return a stored config in today's form: the first recipes had `augment` true or false."""
-    if not isinstance(value, dict) or not isinstance(recipe := value.get("recipe"), dict):
+    """Return the config that an earlier version stored in today's form."""
+    if not isinstance(value, dict):
         return value
-    if not isinstance(augment := recipe.get("augment"), bool):
-        return value
-    return {**value, "recipe": {**recipe, "augment": "default" if augment else "none"}}
+    recipe, start = value.get("recipe"), value.get("init_from")
+    if isinstance(recipe, dict) and isinstance(augment := recipe.get("augment"), bool):
+        value = {**value, "recipe": {**recipe, "augment": "default" if augment else "none"}}
+    if isinstance(start, dict) and start.keys() == {"run", "step", "images"}:
+        digest = f"step {start['step']}, {start['images']} images"
+        value = {**value, "init_from": {"path": start["run"], "digest": digest}}
+    return value
 
 
 def comparable(config: StudyConfig) -> dict[str, Any]:

@@ -76,6 +76,18 @@ def test_early_runs_of_alexnet_have_the_year_as_depth():
     assert create_model("alexnet2012")
 
 
+def test_what_earlier_versions_stored_is_read():
+    stored = encode(make_run_config())
+    recipe = {**stored["recipe"], "augment": False}
+    start = {"run": "plain-8", "step": 22, "images": 512}
+    config = read_config({**stored, "recipe": recipe, "init_from": start})
+    assert config.recipe.augment == "none"
+    assert config.init_from == InitFrom("plain-8", "step 22, 512 images")
+    assert (
+        read_config({**stored, "recipe": {**recipe, "augment": True}}).recipe.augment == "default"
+    )
+
+
 def test_a_folder_and_initial_weights_may_move():
     """Their sha256 identifies them; everything else must be equal."""
 
