@@ -51,8 +51,9 @@ from rich.table import Table
 from flaxnets.cli.arguments import ArgumentParser, positive
 from flaxnets.cli.main import run_command
 from flaxnets.cli.progress import plain_console
+from flaxnets.data.crops import Crop, resized_box
 from flaxnets.data.folder import find_folder
-from flaxnets.data.images import decode_crop, resized_box
+from flaxnets.data.images import decode_crop
 from flaxnets.data.stream import Source, Subset, TrainStream
 from flaxnets.errors import InputError
 
@@ -103,7 +104,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 def our_batches(source: Source, args: argparse.Namespace, seed: int) -> Iterator[Any]:
     stream = TrainStream(
-        source, args.image_size, 3, "resized", True, args.batch_size, seed, args.workers
+        source, args.image_size, 3, Crop.RESIZED, True, args.batch_size, seed, args.workers
     )
     return stream.batches(0, 10**9)
 

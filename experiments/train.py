@@ -48,17 +48,17 @@ from flaxnets.cli.interruption import Interruption
 from flaxnets.cli.main import run_command
 from flaxnets.cli.memory import keep_memory
 from flaxnets.cli.progress import CheckProgress, StudyProgress, plain_console
-from flaxnets.data import Augmentation, Dataset, Preprocess, Split, find_dataset, load_dataset
-from flaxnets.data.batches import imagenet_statistics
-from flaxnets.data.folder import find_folder
-from flaxnets.data.slots import remove_leftovers
-from flaxnets.data.stream import (
+from flaxnets.data import (
+    Augmentation,
+    Dataset,
+    Preprocess,
+    Split,
     StreamedDataset,
-    Subset,
-    find_tfds_stream,
-    hold_out,
-    load_in_memory,
+    inspect_dataset,
 )
+from flaxnets.data.batches import imagenet_statistics
+from flaxnets.data.slots import remove_leftovers
+from flaxnets.data.stream import Subset, hold_out
 from flaxnets.errors import InputError
 from flaxnets.files import storage_errors, write_atomic
 from flaxnets.models import create_model, published_image_shape
@@ -86,8 +86,6 @@ from flaxnets.training.recipes import CHOICES, PRESETS, describe_fields
 from flaxnets.training.tensorboard import open_tensorboard
 
 DEFAULT_RECIPE = "adam"
-# Bytes of decoded images to keep in memory; larger data sets are read again each epoch.
-IN_MEMORY = 2**31
 HEAD = "head"
 
 
@@ -190,29 +188,11 @@ def main(arguments: list[str] | None = None) -> int:
 
 def open_data(args: argparse.Namespace, recipe: Recipe) -> Dataset | StreamedDataset:
     """Open the images in memory or as a stream, by their size unless an option forces it."""
+    unread = inspect_dataset(args.dataset, args.data_dir, args.skip_unreadable, CheckProgress())
     size = recipe.image_size
-    if args.dataset.startswith("folder:"):
-        streamed = find_folder(
-            args.dataset.removeprefix("folder:"), args.skip_unreadable, on_progress=CheckProgress()
-        )
-        size = size or published_image_shape(args.model)[0]
-        pixels = size * size * streamed.channels
-        count = len(streamed.train) + len(streamed.test)
-        if args.stream or (pixels * count > IN_MEMORY and not args.in_memory):
-            return streamed
-        return load_in_memory(streamed, size, 1.0)
-    if args.skip_unreadable:
-        raise InputError("--skip-unreadable is for --dataset folder:PATH")
-    info = find_dataset(args.dataset, args.data_dir)
-    shape = info.builder.info.features[info.image_key].shape
-    mixed = None in shape[:2]
-    bytes_in_all = 0 if mixed else info.num_train * shape[0] * shape[1] * shape[2]
-    if args.stream or ((mixed or bytes_in_all > IN_MEMORY) and not args.in_memory):
-        return find_tfds_stream(args.dataset, args.data_dir)
-    if mixed:
-        streamed = find_tfds_stream(args.dataset, args.data_dir)
-        return load_in_memory(streamed, size or published_image_shape(args.model)[0], 1.0)
-    return load_dataset(args.dataset, args.data_dir).resized(size)
+    if size is None and unread.image_shape is None:
+        size = published_image_shape(args.model)[0]
+    return unread.open(size, "stream" if args.stream else "memory" if args.in_memory else "auto")
 
 
 def split_off_validation(
