@@ -57,7 +57,9 @@ class Crop(StrEnum):
             return fit_box(width, height, size, size, 1.0)
         if self is Crop.RESIZED:
             return resized_box(rng, width, height)
-        return scaled_box(rng, width, height, self._shorter)
+        side = min(width, height) * REFERENCE_CROP / rng.uniform(*self._shorter)
+        left, top = rng.uniform(0, width - side), rng.uniform(0, height - side)
+        return left, top, left + side, top + side
 
     def __call__(self, key: jax.Array, images: jax.Array) -> jax.Array:
         """Crop images `(batch, height, width, channels)`, each at random: float32 of this shape.
@@ -122,12 +124,3 @@ def resized_box(
     box_width, box_height = min(width, height * WIDEST), min(height, width / (3 / 4))
     left, top = (width - box_width) / 2, (height - box_height) / 2
     return left, top, left + box_width, top + box_height
-
-
-def scaled_box(
-    rng: np.random.Generator, width: int, height: int, shorter: tuple[float, float]
-) -> Box:
-    """Draw a square box of 224 pixels once the shorter side is scaled to a draw from `shorter`."""
-    side = min(width, height) * REFERENCE_CROP / rng.uniform(*shorter)
-    left, top = rng.uniform(0, width - side), rng.uniform(0, height - side)
-    return left, top, left + side, top + side

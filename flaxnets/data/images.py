@@ -15,7 +15,7 @@ from PIL.JpegImagePlugin import JpegImageFile
 from PIL.PngImagePlugin import PngImageFile
 from PIL.WebPImagePlugin import WebPImageFile
 
-from flaxnets.data.crops import Box, fit_box
+from flaxnets.data.crops import Box
 from flaxnets.errors import InputError
 
 # Importing these plugins registers them; FORMATS keeps Pillow from trying any others.
@@ -62,34 +62,14 @@ def open_image(file: Path | IO[bytes]) -> Image.Image:
         raise ValueError(_reason(error)) from error
 
 
-def decode_image(
-    data: bytes, channels: int, at_least: tuple[float, float] | None = None
-) -> Image.Image:
-    """Decode a JPEG, PNG, WebP or BMP picture, upright, in mode "L" (1 channel) or "RGB" (3).
-
-    Opacity is dropped, and the colours stored under it stay, as in torchvision's loader. Channels
-    of 16 bits are reduced to 8. An animation yields its first picture.
-
-    Args:
-      data: the file's content.
-      channels: 1 or 3.
-      at_least: sufficient width and height; a JPEG may be decoded at 1/2, 1/4 or 1/8 of its
-        size, but not smaller than this.
-
-    Raises:
-      ValueError: the picture cannot be read to its end; the message is the reason, in one line.
-    """
-    return _decode(open_image(io.BytesIO(data)), channels, at_least)
-
-
 def check_picture(data: bytes) -> str:
     """Check that a picture can be decoded to its end with nothing missing; return its Pillow mode.
 
-    This is stricter than `decode_image`, which accepts a PNG with fewer rows than its header says
+    This is stricter than `decode_crop`, which accepts a PNG with fewer rows than its header says
     and a JPEG padded with zeros. A JPEG that was cut and then properly terminated goes undetected.
 
     Raises:
-      ValueError: the picture cannot be read or is incomplete; see `decode_image`.
+      ValueError: the picture cannot be read or is incomplete; see `decode_crop`.
     """
     image = open_image(io.BytesIO(data))
     mode = image.mode
@@ -110,17 +90,20 @@ def decode_crop(
     draw: Callable[[int, int], Box],
     mirrored: bool = False,
 ) -> np.ndarray:
-    """Decode one part of a picture, resized: uint8 `(height, width, channels)`.
+    """Decode one part of a picture, upright and resized: uint8 `(height, width, channels)`.
 
-    This is `decode_image` and a crop, but faster for big JPEGs, which are decoded only to the
-    detail that is needed.
+    Big JPEGs are decoded only to the detail that is needed. Resampling is bilinear with
+    antialiasing. Opacity is dropped, and the colours stored under it stay, as in torchvision's
+    loader. Channels of 16 bits are reduced to 8. An animation yields its first picture.
 
     Args:
+      data: content of a JPEG, PNG, WebP or BMP file.
+      channels: 1 or 3.
       draw: chooses the part, given the picture's width and height.
       mirrored: mirror the result left to right.
 
     Raises:
-      ValueError: see `decode_image`.
+      ValueError: the picture cannot be read to its end; the message is the reason, in one line.
     """
     image = open_image(io.BytesIO(data))
     whole_width, whole_height = image.size
@@ -135,16 +118,10 @@ def decode_crop(
     return _cut(image, box, height, width, mirrored)
 
 
-def fit(image: Image.Image, height: int, width: int, fraction: float = 1.0) -> np.ndarray:
-    """Resize the centre of a picture: uint8 `(height, width, channels)`.
-
-    The centre covers `fraction` of the limiting side: 0.875 is the usual 224 pixels of 256.
-    Resampling is bilinear with antialiasing, as in `decode_crop`.
-    """
-    return _cut(image, fit_box(*image.size, height, width, fraction), height, width)
-
-
-def _decode(image: Image.Image, channels: int, at_least: tuple[float, float] | None) -> Image.Image:
+def _decode(
+    image: Image.Image, channels: int, at_least: tuple[float, float] | None = None
+) -> Image.Image:
+    """Decode a picture, upright; a JPEG may be smaller, but has this width and height at least."""
     if channels not in MODES:
         raise InputError(f"pictures are read with 1 or 3 channels, not {channels}")
     orientation = _orientation(image)

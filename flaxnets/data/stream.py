@@ -346,7 +346,7 @@ def eval_batches(
     skip_unreadable: bool = False,
     skipped: set[str] | None = None,
 ) -> Generator[tuple[Batch, np.ndarray]]:
-    """Iterate over all examples once, in order, cropped by `flaxnets.data.images.fit`.
+    """Iterate over all examples once, in order, cropped by `flaxnets.data.crops.fit_box`.
 
     Big JPEGs are decoded only to the detail that is needed (`flaxnets.data.images.decode_crop`).
     Batches are those of `TrainStream`, with weights bool `(batch,)`. The last batch is filled up
@@ -388,7 +388,7 @@ def eval_batches(
 
 
 def load_source(source: Source, image_size: int, channels: int, fraction: float) -> Split:
-    """Load all pictures into memory, cropped by `flaxnets.data.images.fit`.
+    """Load all pictures into memory, cropped by `flaxnets.data.crops.fit_box`.
 
     Raises:
       InputError: a picture cannot be read; the message names it.

@@ -7,7 +7,17 @@ from PIL import Image, ImageDraw
 
 from flaxnets import InputError
 from flaxnets.data.crops import Crop, fit_box, resized_box
-from flaxnets.data.images import PIXELS_FOR_ONE, decode_crop, decode_image, fit
+from flaxnets.data.images import PIXELS_FOR_ONE, _cut, _decode, decode_crop, open_image
+
+
+def decode_image(data: bytes, channels: int, at_least=None) -> Image.Image:
+    """The whole picture, as `decode_crop` decodes it before it crops."""
+    return _decode(open_image(io.BytesIO(data)), channels, at_least)
+
+
+def fit(image: Image.Image, height: int, width: int, fraction=1.0) -> np.ndarray:
+    """The centre of a picture, as in evaluation."""
+    return _cut(image, fit_box(*image.size, height, width, fraction), height, width)
 
 
 def encoded(image: Image.Image, kind="png", **options) -> bytes:

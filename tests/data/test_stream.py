@@ -27,7 +27,6 @@ from flaxnets.data import Batch
 from flaxnets.data.crops import Crop
 from flaxnets.data.datasets import channel_statistics, find_dataset
 from flaxnets.data.folder import find_folder
-from flaxnets.data.images import decode_image, fit
 from flaxnets.data.slots import Example, Slots, _owner, remove_leftovers
 from flaxnets.data.stream import (
     Subset,
@@ -40,6 +39,7 @@ from flaxnets.data.stream import (
 from flaxnets.errors import FallbackWarning
 from tests.conftest import ROOT
 from tests.data.test_datasets import make_dataset, random_images
+from tests.data.test_images import decode_image, fit
 
 
 @pytest.fixture(scope="module")
