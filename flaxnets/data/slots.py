@@ -66,8 +66,9 @@ def stack_examples(examples: Sequence[Example], images: np.ndarray) -> Examples:
 class Slots:
     """Shared memory in which workers hand images of batches to the main process.
 
-    Each worker has its own slots and reuses them once they have been emptied. Allocating new shared
-    memory for each batch, as Grain does, costs a tenth of the time of decoding.
+    Each worker has its own slots and reuses them once they have been emptied. A batch of 64 images
+    of 224 pixels takes 3 ms of CPU time in this way, 13 ms in shared memory that Grain allocates
+    for each batch, and 19 ms through a pipe. Decoding it takes 140 ms.
     """
 
     memory: SharedMemory
