@@ -18,6 +18,7 @@ import os
 import re
 import sys
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Literal
 
@@ -80,7 +81,8 @@ def main(arguments: list[str] | None = None) -> int:
     if options.model is None:
         subject = read_run(options)
     else:
-        subject = load_weights(options.source, options.model, find_data(options), options.split)
+        inspect = partial(find_data, options)
+        subject = load_weights(options.source, options.model, inspect, options.split)
     images, labels = subject.split
     batch_size = evaluation_batch(subject.preprocess.input_shape)
     logits = compute_logits(

@@ -1,5 +1,6 @@
 """A trained network together with the images to evaluate it on."""
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -67,9 +68,15 @@ class Subject:
 
 
 def load_weights(
-    path: Path, network: str, unread: UnreadDataset, split: Literal["train", "test"]
+    path: Path,
+    network: str,
+    inspect: Callable[[], UnreadDataset],
+    split: Literal["train", "test"],
 ) -> Subject:
     """Load PyTorch weights of `network`, and a split preprocessed as in torchvision's evaluation.
+
+    Args:
+      inspect: looks the data set up, which may be slow, once the weights are loaded.
 
     Raises:
       InputError: the weights do not fit the network, or the data set has other classes or channels.
@@ -81,6 +88,7 @@ def load_weights(
     channels = variables["params"][stem]["kernel"].shape[2]
     if channels not in (1, 3):
         raise InputError(f"{path} takes {channels} channels; give weights for 1 or 3")
+    unread = inspect()
     if len(unread.class_names) != model.num_classes:
         raise InputError(
             f"{unread.name} has {len(unread.class_names)} classes, but {path} has "
