@@ -27,7 +27,8 @@ from rich.table import Table
 from flaxnets.cli.arguments import ArgumentParser, positive
 from flaxnets.cli.main import run_command
 from flaxnets.cli.progress import plain_console
-from flaxnets.data.images import decode_crop, fit_box
+from flaxnets.data.crops import fit_box
+from flaxnets.data.images import decode_crop
 from flaxnets.errors import InputError
 from flaxnets.studies.restore import restore
 from flaxnets.text import shorten
@@ -36,6 +37,7 @@ from flaxnets.training.evaluation import (
     compute_probabilities,
     evaluation_batch,
     evaluation_fraction,
+    require_logits,
 )
 
 
@@ -53,11 +55,7 @@ def main(arguments: list[str] | None = None) -> int:
 
     batch_size = evaluation_batch(run.preprocess.input_shape)
     logits = compute_logits(run.model, run.variables, run.preprocess, np.stack(images), batch_size)
-    if logits.shape[1] != len(run.class_names):
-        raise InputError(
-            f"the network of {args.run} has {logits.shape[1]} classes, but its config names "
-            f"{len(run.class_names)}; it is damaged or was not written by this library"
-        )
+    require_logits(logits, run.class_names, args.run)
     if not np.isfinite(logits).all():
         raise InputError(
             f"the network of {args.run} outputs NaN or infinity: its training diverged"

@@ -21,7 +21,6 @@ import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
 
 from rich.console import Console
 
@@ -37,10 +36,10 @@ from flaxnets.cli.main import run_command
 from flaxnets.cli.memory import keep_memory
 from flaxnets.cli.progress import CheckProgress, StudyProgress, plain_console
 from flaxnets.cli.recipe_options import add_recipe_options, choose_recipe
-from flaxnets.data import Dataset, find_dataset, load_dataset
-from flaxnets.data.folder import find_folder
+from flaxnets.data import Dataset, inspect_dataset
+from flaxnets.data.opening import Storage
 from flaxnets.data.slots import remove_leftovers
-from flaxnets.data.stream import StreamedDataset, find_tfds_stream, load_in_memory
+from flaxnets.data.stream import StreamedDataset
 from flaxnets.errors import InputError
 from flaxnets.models import create_model, published_image_shape
 from flaxnets.parallel import make_deterministic
@@ -73,8 +72,6 @@ from flaxnets.training.config import DEEPEST, DTYPES, Precision, is_network
 from flaxnets.training.tensorboard import open_tensorboard
 
 DEFAULT_RECIPE = "adam"
-# Bytes of decoded images to keep in memory; larger data sets are read again each epoch.
-IN_MEMORY = 2**31
 
 
 @dataclass(frozen=True)
@@ -91,7 +88,7 @@ class Options:
     init_from: Path | None
     freeze_backbone: bool
     precision: Precision
-    storage: Literal["auto", "memory", "stream"]
+    storage: Storage
     data_workers: int
     skip_unreadable: bool
     tensorboard: bool
@@ -232,35 +229,13 @@ def print_plan(console: Console, options: Options, run: PlannedRun) -> None:
 
 def open_data(options: Options) -> Dataset | StreamedDataset:
     """Open the images in memory or as a stream, by their size unless an option forces it."""
+    unread = inspect_dataset(
+        options.dataset, options.data_dir, options.skip_unreadable, CheckProgress()
+    )
     size = options.recipe.image_size
-    if options.dataset.startswith("folder:"):
-        streamed = find_folder(
-            options.dataset.removeprefix("folder:"),
-            options.skip_unreadable,
-            on_progress=CheckProgress(),
-        )
-        size = size or published_image_shape(options.model)[0]
-        pixels = size * size * streamed.channels
-        count = len(streamed.train) + len(streamed.test)
-        if options.storage == "stream" or (
-            pixels * count > IN_MEMORY and options.storage != "memory"
-        ):
-            return streamed
-        return load_in_memory(streamed, size, 1.0)
-    if options.skip_unreadable:
-        raise InputError("--skip-unreadable is for --dataset folder:PATH")
-    info = find_dataset(options.dataset, options.data_dir)
-    shape = info.builder.info.features[info.image_key].shape
-    mixed = None in shape[:2]
-    bytes_in_all = 0 if mixed else info.num_train * shape[0] * shape[1] * shape[2]
-    if options.storage == "stream" or (
-        (mixed or bytes_in_all > IN_MEMORY) and options.storage != "memory"
-    ):
-        return find_tfds_stream(options.dataset, options.data_dir)
-    if mixed:
-        streamed = find_tfds_stream(options.dataset, options.data_dir)
-        return load_in_memory(streamed, size or published_image_shape(options.model)[0], 1.0)
-    return load_dataset(options.dataset, options.data_dir).resized(size)
+    if size is None and unread.image_shape is None:
+        size = published_image_shape(options.model)[0]
+    return unread.open(size, options.storage)
 
 
 def parse_arguments(arguments: list[str] | None) -> Options | None:

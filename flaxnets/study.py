@@ -18,7 +18,7 @@ from rich.console import Console
 
 from flaxnets.cli.arguments import check_batch_size, check_choice
 from flaxnets.cli.progress import StudyProgress, plain_console
-from flaxnets.data import Dataset, find_dataset, load_dataset
+from flaxnets.data import Dataset, inspect_dataset
 from flaxnets.diagnostics import GradientLog
 from flaxnets.errors import InputError, SettingError
 from flaxnets.models.resnet import IMAGENET_STAGES
@@ -60,7 +60,8 @@ class Study:
       family: how depth becomes a network, `cifar` or `imagenet`.
       shortcut: `A`, `B` or `C` (He et al. 2015, section 3.3).
       stem: `imagenet` or `small`; None for the family's own.
-      dataset: `digits`, a prepared TFDS data set, or a data set in memory.
+      dataset: `digits`, a prepared TFDS data set, `folder:PATH` (see `flaxnets.data.folder`), or a
+        data set in memory, such as `flaxnets.data.from_arrays` makes.
       data_dir: TFDS data directory; None for TFDS's own.
       train_examples: number of training images to use; None for all.
       recipe: a recipe or its name; None for `digits` for the digits, otherwise `he2015-cifar`.
@@ -172,14 +173,20 @@ class Study:
         return Plan(config, dataset, tuple(networks))
 
     def _load(self) -> Dataset:
-        recipe, dataset = self.chosen_recipe, self.dataset
+        size, dataset = self.chosen_recipe.image_size, self.dataset
         if isinstance(dataset, Dataset):
+            if self.train_examples is not None:
+                raise SettingError("train_examples is for a data set given by its name")
             self._check_size(dataset.name, len(dataset.train.labels))
-        else:
-            # Refused before the slow part.
-            self._check_size(dataset, find_dataset(dataset, self.data_dir).num_train)
-            dataset = load_dataset(dataset, self.data_dir, self.train_examples)
-        return dataset.resized(recipe.image_size)
+            return dataset.resized(size)
+        unread = inspect_dataset(dataset, self.data_dir)
+        # Refused before the slow part.
+        self._check_size(dataset, unread.num_train)
+        if unread.image_shape is None and size is None:
+            size = 32 if self.family == "cifar" else 224  # as published
+        opened = unread.open(size, "memory", self.train_examples)
+        assert isinstance(opened, Dataset)
+        return opened
 
     def _check_size(self, name: str, num_train: int) -> None:
         recipe, examples = self.chosen_recipe, self.train_examples or num_train
@@ -193,17 +200,20 @@ class Study:
             raise SettingError("epochs: a run must have at most 2147483647 updates")
 
     def _define(self, dataset: Dataset) -> StudyConfig:
+        name = self.dataset_name
+        folder = name.removeprefix("folder:") if name.startswith("folder:") else None
         return StudyConfig(
             family=self.family,
             shortcut=self.shortcut,
             stem=self.stem or ("small" if self.family == "cifar" else "imagenet"),
             precision=self.precision,
             dataset=DatasetConfig(
-                name=dataset.name,
+                name=name,
                 version=dataset.version,
                 train_examples=len(dataset.train.labels),
                 test_examples=len(dataset.test.labels),
                 sha256=dataset.fingerprint(),
+                path=os.path.abspath(folder) if folder else None,
             ),
             augmentation=dataset.augmentation,
             recipe=self.chosen_recipe,

@@ -3,7 +3,6 @@
 import csv
 import json
 import shutil
-from functools import cache
 
 import numpy as np
 import pytest
@@ -14,7 +13,9 @@ import flaxnets
 from flaxnets.cli.main import run_command
 from flaxnets.data import Preprocess, load_dataset
 from flaxnets.data.folder import find_folder
-from flaxnets.reporting.evaluation_figures import draw_confusion, draw_contact_sheet
+from flaxnets.data.stream import load_in_memory
+from flaxnets.reporting.evaluation_figures import draw_confusion, draw_contact_sheet, drop_copies
+from flaxnets.reporting.evaluation_tables import write_confusion
 from flaxnets.text import shorten
 from flaxnets.training.evaluation import compute_logits, evaluate_logits
 from flaxnets.training.manifest import write_manifest
@@ -26,16 +27,14 @@ NAMES = tuple("0123456789")
 
 @pytest.fixture(scope="module")
 def evaluate():
-    """The script; what data sets hold is read once."""
-    script = load_script("evaluate")
-    script.load_dataset = cache(script.load_dataset)
-    return script
+    """The script."""
+    return load_script("evaluate")
 
 
 @pytest.fixture
 def numbers_alone(evaluate, monkeypatch):
     """No pictures, which take most of the time."""
-    for name in ("draw_confusion", "draw_contact_sheet"):
+    for name in ("draw_confusion", "draw_mistakes"):
         monkeypatch.setattr(evaluate, name, lambda *_: None)
 
 
@@ -212,7 +211,7 @@ def test_a_folder(evaluate, capsys, trained, run, folder, digits, data_dir, tmp_
     edit_config(run, dataset={"validation_examples": 10})
     arguments = [run, "--split", "train"]
     assert measured(evaluate, capsys, tmp_path / "out", *arguments)["images"] == 50
-    in_memory = evaluate.load_pictures(source, (8, 8, 1), 1.0)
+    in_memory = load_in_memory(source, 8, 1.0)
     edit_config(run, dataset={"streamed": False, "sha256": in_memory.fingerprint()})
     assert measures(measured(evaluate, capsys, tmp_path / "out", run)) == expected
     assert measured(evaluate, capsys, tmp_path / "out", *arguments)["images"] == 50
@@ -255,7 +254,8 @@ def test_the_folder_of_a_run_is_named_before_it_is_read(
     edit_config(run, dataset={**own, "sha256": fingerprint})
     read = []
     monkeypatch.setattr(
-        evaluate, "find_folder", lambda *_, **kw: read.append(capsys.readouterr().out) or stop()
+        "flaxnets.data.opening.find_folder",
+        lambda *_, **kw: read.append(capsys.readouterr().out) or stop(),
     )
 
     def stop():
@@ -271,21 +271,21 @@ def test_the_folder_of_a_run_is_named_before_it_is_read(
     assert "--dataset folder:NEW" in err
 
 
-def test_names_in_a_spreadsheet(evaluate, tmp_path):
+def test_names_in_a_spreadsheet(tmp_path):
     names = ("=cmd|' /C calc'!A0", "-1", "\x1b[2Jcat", "dog")
-    evaluate.write_confusion(tmp_path / "confusion.csv", np.eye(4, dtype=int), names)
+    write_confusion(tmp_path / "confusion.csv", np.eye(4, dtype=int), names)
     with (tmp_path / "confusion.csv").open() as file:
         header, *rows = csv.reader(file)
     assert header == ["true", "'=cmd|' /C calc'!A0", "'-1", "?[2Jcat", "dog"]
     assert [row[0] for row in rows] == header[1:]
 
 
-def test_copies_of_a_picture_are_shown_once(evaluate):
+def test_copies_of_a_picture_are_shown_once():
     images = np.zeros((5, 2, 2, 1), np.uint8)
     images[3], images[4] = 1, 2
-    assert evaluate.drop_copies(images, np.array([4, 2, 0, 1, 3]), 25).tolist() == [4, 2, 3]
-    assert evaluate.drop_copies(images, np.array([4, 2, 0, 1, 3]), 2).tolist() == [4, 2]
-    assert evaluate.drop_copies(images, np.array([], int), 2).tolist() == []
+    assert drop_copies(images, np.array([4, 2, 0, 1, 3]), 25).tolist() == [4, 2, 3]
+    assert drop_copies(images, np.array([4, 2, 0, 1, 3]), 2).tolist() == [4, 2]
+    assert drop_copies(images, np.array([], int), 2).tolist() == []
 
 
 GREY = ((0.485 + 0.456 + 0.406) / 3,), ((0.229 + 0.224 + 0.225) / 3,)

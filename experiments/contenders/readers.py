@@ -10,7 +10,8 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from flaxnets.data.images import decode_crop, resized_box
+from flaxnets.data.crops import Crop, resized_box
+from flaxnets.data.images import decode_crop
 from flaxnets.data.stream import Source, TrainStream
 
 
@@ -23,7 +24,7 @@ class ReaderSettings:
 
 def our_batches(source: Source, settings: ReaderSettings, seed: int) -> Generator[Any]:
     size, batch_size, workers = settings.image_size, settings.batch_size, settings.workers
-    stream = TrainStream(source, size, 3, "resized", True, batch_size, seed, workers)
+    stream = TrainStream(source, size, 3, Crop.RESIZED, True, batch_size, seed, workers)
     return stream.batches(0, 10**9)
 
 

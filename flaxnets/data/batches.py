@@ -1,14 +1,14 @@
 """Batch selection, augmentation and preprocessing: pure functions that run on the device."""
 
-import math
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Literal
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from flaxnets.data.crops import Crop
 from flaxnets.decoding import Count, Finite, Positive
 from flaxnets.errors import InputError
 
@@ -22,8 +22,6 @@ COLOUR_DIRECTIONS = (
     (-0.5808, -0.0045, -0.8140),
     (-0.5836, -0.6948, 0.4203),
 )
-# Range of the image's shorter side, relative to the crop size.
-SCALED_CROP = {"scaled": (256 / 224, 480 / 224), "fixed": (256 / 224, 256 / 224)}
 
 
 def imagenet_statistics(channels: int) -> tuple[tuple[float, ...], tuple[float, ...]]:
@@ -31,6 +29,13 @@ def imagenet_statistics(channels: int) -> tuple[tuple[float, ...], tuple[float, 
     if channels == 3:
         return IMAGENET_MEAN, IMAGENET_STD
     return (sum(IMAGENET_MEAN) / 3,), (sum(IMAGENET_STD) / 3,)
+
+
+class Batch(NamedTuple):
+    """Images uint8 `(batch, height, width, channels)` and labels int32 `(batch,)` of a step."""
+
+    images: Any
+    labels: Any
 
 
 @partial(jax.jit, static_argnames="num_examples")
@@ -58,10 +63,7 @@ class Augmentation:
       pad: pixels added on every side before a crop of the original size; 0 for none.
       edge: repeat the edge in these pixels; otherwise they are black (He et al. 2015, section 4.2).
       flip: mirror each image left to right with probability 1/2.
-      crop: `resized`, a random area (8 to 100 %) and shape (3:4 to 4:3) resized to the image's
-        (Szegedy et al. 2014, arXiv:1409.4842, section 6); `scaled`, a random square of 224 pixels
-        for a shorter side of 256 to 480 (He et al. 2015, section 3.4); `fixed`, the same for a
-        shorter side of 256 (Krizhevsky et al. 2012, section 4.1); or `none`.
+      crop: random crop, resized to the image's size, or its name.
       colour_noise: standard deviation of the noise along the principal components of ImageNet's
         colours, in units of their scales (0.1 in Krizhevsky et al. 2012, section 4.1). Images of
         one channel get none.
@@ -70,21 +72,19 @@ class Augmentation:
     pad: int = 0
     flip: bool = False
     edge: bool = False
-    crop: Literal["none", "resized", "scaled", "fixed"] = "none"
+    crop: Crop = Crop.NONE
     colour_noise: float = 0.0
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "crop", Crop(self.crop))
 
     def with_colour_noise(self, colour_noise: float) -> "Augmentation":
         """Return a copy with this colour noise."""
         return replace(self, colour_noise=colour_noise)
 
-    @property
-    def seen_at_evaluation(self) -> float:
-        """Share of the shorter side seen at evaluation: 224 of 256 if training takes crops."""
-        return 1.0 if self.crop == "none" else 224 / 256
-
     def without_crops(self) -> "Augmentation":
         """Return the augmentation that remains for images already cropped and mirrored."""
-        return replace(self, flip=False, crop="none")
+        return replace(self, flip=False, crop=Crop.NONE)
 
     def __call__(self, key: jax.Array, images: jax.Array) -> jax.Array:
         """Augment `(batch, height, width, channels)` on a scale of 0 to 255.
@@ -93,8 +93,7 @@ class Augmentation:
         change, which gives float32.
         """
         crop_key, flip_key = jax.random.split(key)
-        if self.crop != "none":
-            images = self._crop(crop_key, images)
+        images = self.crop(crop_key, images)
         if self.pad:
             pad = ((self.pad, self.pad), (self.pad, self.pad), (0, 0))
             corners = jax.random.randint(crop_key, (len(images), 2), 0, 2 * self.pad + 1)
@@ -117,32 +116,6 @@ class Augmentation:
         amounts = self.colour_noise * jax.random.normal(key, (count, 3))
         shifts = (amounts * jnp.float32(COLOUR_SCALES)) @ jnp.float32(COLOUR_DIRECTIONS).T
         return shifts[:, None, None]
-
-    def _crop(self, key: jax.Array, images: jax.Array) -> jax.Array:
-        count, height, width, _ = images.shape
-        size_key, shape_key, place_key = jax.random.split(key, 3)
-        if self.crop == "resized":
-            area = jax.random.uniform(size_key, (count,), minval=0.08, maxval=1.0)
-            log_ratio = jax.random.uniform(
-                shape_key, (count,), minval=-math.log(4 / 3), maxval=math.log(4 / 3)
-            )
-            # Shares of the image's sides; a crop that would not fit gets the whole side.
-            root = jnp.exp(log_ratio / 2)
-            shares = jnp.minimum(jnp.sqrt(area)[:, None] * jnp.stack([1 / root, root], -1), 1.0)
-        else:
-            low, high = SCALED_CROP[self.crop]
-            shorter = jax.random.uniform(size_key, (count,), minval=low, maxval=high)
-            shares = jnp.tile(1 / shorter[:, None], 2)
-        sides = jnp.float32([height, width])
-        starts = jax.random.uniform(place_key, (count, 2)) * (1 - shares) * sides
-
-        def crop(image: jax.Array, share: jax.Array, start: jax.Array) -> jax.Array:
-            scale = 1 / share
-            return jax.image.scale_and_translate(
-                image, image.shape, (0, 1), scale, -start * scale, "linear"
-            )
-
-        return jax.vmap(crop)(images.astype(jnp.float32), shares, starts)
 
 
 @dataclass(frozen=True)

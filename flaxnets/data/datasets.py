@@ -52,6 +52,23 @@ class Dataset:
             f"training and {len(self.test.labels):,} test images of {height}x{width}x{channels})"
         )
 
+    @classmethod
+    def from_splits(
+        cls,
+        name: str,
+        version: str,
+        class_names: tuple[str, ...],
+        train: Split,
+        test: Split,
+        flip: bool = False,
+    ) -> "Dataset":
+        """Make a data set with the statistics of its training images, padded by an eighth."""
+        height, width, channels = train.images.shape[1:]
+        preprocess = Preprocess((height, width, channels), *channel_statistics(train.images))
+        # He et al. (2015), section 4.2, pad images of 32 pixels by 4.
+        augmentation = Augmentation(pad=min(height, width) // 8, flip=flip)
+        return cls(name, version, class_names, train, test, preprocess, augmentation)
+
     @property
     def num_classes(self) -> int:
         return len(self.class_names)
@@ -72,14 +89,65 @@ class Dataset:
 
 @dataclass(frozen=True)
 class DatasetInfo:
-    """Facts about a prepared data set that are known before its images are read."""
+    """A prepared TFDS data set whose images have not been read yet."""
 
+    name: str
     builder: Any  # a TFDS builder; its annotations lack `as_data_source(split=...)`
     image_key: str
     label_key: str
     test_split: str
     class_names: tuple[str, ...]
     num_train: int
+
+    @property
+    def image_shape(self) -> tuple[int, int, int] | None:
+        """Height, width and channels, or None if images may differ in size."""
+        shape = self.builder.info.features[self.image_key].shape
+        return None if None in shape[:2] else shape
+
+    def load(self, train_examples: int | None = None) -> Dataset:
+        """Read all images; see `load_dataset`."""
+        rows = choose_rows(self.name, self.num_train, train_examples)
+        train, test = self.load_split("train"), self.load_split(self.test_split)
+        if train.images.shape[1:] != test.images.shape[1:]:
+            raise InputError(f"{self.name} has training and test images of different sizes")
+        return Dataset.from_splits(
+            self.name,
+            str(self.builder.version),
+            self.class_names,
+            Split(train.images[rows], train.labels[rows]),
+            test,
+            flip=self.builder.name in FLIPPED,
+        )
+
+    def load_split(self, split: str) -> Split:
+        """Read all images of the split that TFDS calls `split`.
+
+        Raises:
+          InputError: the data set is damaged, images are not uint8 or differ in size, or labels are
+            missing.
+        """
+        name, source = self.builder.name, self.builder.as_data_source(split=split)
+        try:
+            with _without_advice():
+                examples = [source[i] for i in range(len(source))]
+        except (RuntimeError, IndexError, OSError) as error:  # raised by array_record and Pillow
+            raise InputError(
+                f"{name} in {self.builder.data_path} is damaged ({error}); "
+                "delete it and prepare it again"
+            ) from error
+        images = [example[self.image_key] for example in examples]
+        shapes = {image.shape for image in images}
+        if len(shapes) > 1:
+            raise InputError(
+                f"{name} has images of {len(shapes)} different sizes; all must have the same size"
+            )
+        if images[0].dtype != np.uint8:
+            raise InputError(f"{name} has {images[0].dtype} images, not uint8")
+        labels = np.array([example[self.label_key] for example in examples], np.int32)
+        for label in (labels.min(), labels.max()):
+            check_label(int(label), len(self.class_names), f"{name} ({split} split)")
+        return Split(np.stack(images), labels)
 
 
 def find_dataset(
@@ -113,6 +181,7 @@ def find_dataset(
             )
     features: Any = builder.info.features
     return DatasetInfo(
+        name=name,
         builder=builder,
         image_key=image_key,
         label_key=label_key,
@@ -144,27 +213,20 @@ def load_dataset(
       InputError: the data set does not exist, is not prepared, or does not consist of labelled
         images of one size.
     """
-    info = find_dataset(name, data_dir, **builder_kwargs)
-    train, test = _read_split(info, "train"), _read_split(info, info.test_split)
-    if train.images.shape[1:] != test.images.shape[1:]:
-        raise InputError(f"{name} has training and test images of different sizes")
-    if train_examples is not None:
-        if not 0 < train_examples <= info.num_train:
-            raise InputError(f"{name} has {info.num_train} training examples, not {train_examples}")
-        rows = np.sort(np.random.RandomState(0).permutation(info.num_train)[:train_examples])
-        train = Split(train.images[rows], train.labels[rows])
+    return find_dataset(name, data_dir, **builder_kwargs).load(train_examples)
 
-    height, width, channels = train.images.shape[1:]
-    return Dataset(
-        name=name,
-        version=str(info.builder.version),
-        class_names=info.class_names,
-        train=train,
-        test=test,
-        preprocess=Preprocess((height, width, channels), *channel_statistics(train.images)),
-        # He et al. (2015), section 4.2, pad images of 32 pixels by 4.
-        augmentation=Augmentation(pad=min(height, width) // 8, flip=info.builder.name in FLIPPED),
-    )
+
+def choose_rows(name: str, num_train: int, train_examples: int | None) -> Any:
+    """Choose training rows at random, always the same ones, in ascending order; None keeps all.
+
+    Raises:
+      InputError: there are fewer than `train_examples` rows.
+    """
+    if train_examples is None:
+        return slice(None)
+    if not 0 < train_examples <= num_train:
+        raise InputError(f"{name} has {num_train} training examples, not {train_examples}")
+    return np.sort(np.random.RandomState(0).permutation(num_train)[:train_examples])
 
 
 def channel_statistics(images: np.ndarray) -> tuple[tuple[float, ...], tuple[float, ...]]:
@@ -262,31 +324,6 @@ def _without_advice() -> Iterator[None]:
         yield
     finally:
         logger.removeFilter(keep)
-
-
-def _read_split(info: DatasetInfo, split: str) -> Split:
-    source = info.builder.as_data_source(split=split)
-    try:
-        with _without_advice():
-            examples = [source[i] for i in range(len(source))]
-    except (RuntimeError, IndexError, OSError) as error:  # raised by array_record and Pillow
-        raise InputError(
-            f"{info.builder.name} in {info.builder.data_path} is damaged ({error}); "
-            "delete it and prepare it again"
-        ) from error
-    images = [example[info.image_key] for example in examples]
-    shapes = {image.shape for image in images}
-    if len(shapes) > 1:
-        raise InputError(
-            f"{info.builder.name} has images of {len(shapes)} different sizes; "
-            "all must have the same size"
-        )
-    if images[0].dtype != np.uint8:
-        raise InputError(f"{info.builder.name} has {images[0].dtype} images, not uint8")
-    labels = np.array([example[info.label_key] for example in examples], np.int32)
-    for label in (labels.min(), labels.max()):
-        check_label(int(label), len(info.class_names), f"{info.builder.name} ({split} split)")
-    return Split(np.stack(images), labels)
 
 
 def check_label(label: int, num_classes: int, name: str) -> None:

@@ -1,4 +1,4 @@
-"""Decoding of pictures into arrays, and the crops for training and evaluation."""
+"""Decoding of pictures, or of parts of them, into arrays."""
 
 import io
 import math
@@ -15,20 +15,17 @@ from PIL.JpegImagePlugin import JpegImageFile
 from PIL.PngImagePlugin import PngImageFile
 from PIL.WebPImagePlugin import WebPImageFile
 
+from flaxnets.data.crops import Box
 from flaxnets.errors import InputError
 
 # Importing these plugins registers them; FORMATS keeps Pillow from trying any others.
 KINDS = (JpegImageFile, PngImageFile, WebPImageFile, BmpImageFile)
 FORMATS = [str(kind.format) for kind in KINDS]
 MODES = {1: "L", 3: "RGB"}  # Pillow's names, by the number of channels
-# Part of a picture, in possibly fractional pixels: left, top, right, bottom.
-Box = tuple[float, float, float, float]
 
 # Decoding a JPEG at 1/2, 1/4 or 1/8 of its size is faster. It is done if it leaves at least this
 # many pixels a side for each pixel of the result; 2 is hardly visible (Pillow, `reducing_gap`).
 PIXELS_FOR_ONE = 2.0
-# Crop size for which He et al. (2015) and Simonyan and Zisserman (2014) state their scales.
-REFERENCE_CROP = 224
 JPEG_PIXELS, JPEG_END = 0xDA, b"\xff\xd9"
 PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
 # The seven passes of an interlaced PNG: first column and row, column step and row step.
@@ -65,34 +62,14 @@ def open_image(file: Path | IO[bytes]) -> Image.Image:
         raise ValueError(_reason(error)) from error
 
 
-def decode_image(
-    data: bytes, channels: int, at_least: tuple[float, float] | None = None
-) -> Image.Image:
-    """Decode a JPEG, PNG, WebP or BMP picture, upright, in mode "L" (1 channel) or "RGB" (3).
-
-    Opacity is dropped, and the colours stored under it stay, as in torchvision's loader. Channels
-    of 16 bits are reduced to 8. An animation yields its first picture.
-
-    Args:
-      data: the file's content.
-      channels: 1 or 3.
-      at_least: sufficient width and height; a JPEG may be decoded at 1/2, 1/4 or 1/8 of its
-        size, but not smaller than this.
-
-    Raises:
-      ValueError: the picture cannot be read to its end; the message is the reason, in one line.
-    """
-    return _decode(open_image(io.BytesIO(data)), channels, at_least)
-
-
 def check_picture(data: bytes) -> str:
     """Check that a picture can be decoded to its end with nothing missing; return its Pillow mode.
 
-    This is stricter than `decode_image`, which accepts a PNG with fewer rows than its header says
+    This is stricter than `decode_crop`, which accepts a PNG with fewer rows than its header says
     and a JPEG padded with zeros. A JPEG that was cut and then properly terminated goes undetected.
 
     Raises:
-      ValueError: the picture cannot be read or is incomplete; see `decode_image`.
+      ValueError: the picture cannot be read or is incomplete; see `decode_crop`.
     """
     image = open_image(io.BytesIO(data))
     mode = image.mode
@@ -113,17 +90,20 @@ def decode_crop(
     draw: Callable[[int, int], Box],
     mirrored: bool = False,
 ) -> np.ndarray:
-    """Decode one part of a picture, resized: uint8 `(height, width, channels)`.
+    """Decode one part of a picture, upright and resized: uint8 `(height, width, channels)`.
 
-    This is `decode_image` and a crop, but faster for big JPEGs, which are decoded only to the
-    detail that is needed.
+    Big JPEGs are decoded only to the detail that is needed. Resampling is bilinear with
+    antialiasing. Opacity is dropped, and the colours stored under it stay, as in torchvision's
+    loader. Channels of 16 bits are reduced to 8. An animation yields its first picture.
 
     Args:
+      data: content of a JPEG, PNG, WebP or BMP file.
+      channels: 1 or 3.
       draw: chooses the part, given the picture's width and height.
       mirrored: mirror the result left to right.
 
     Raises:
-      ValueError: see `decode_image`.
+      ValueError: the picture cannot be read to its end; the message is the reason, in one line.
     """
     image = open_image(io.BytesIO(data))
     whole_width, whole_height = image.size
@@ -138,88 +118,10 @@ def decode_crop(
     return _cut(image, box, height, width, mirrored)
 
 
-def fit(image: Image.Image, height: int, width: int, fraction: float = 1.0) -> np.ndarray:
-    """Resize the centre of a picture: uint8 `(height, width, channels)`.
-
-    The centre covers `fraction` of the limiting side: 0.875 is the usual 224 pixels of 256.
-    Resampling is bilinear with antialiasing, here and in the other crops.
-    """
-    return _cut(image, fit_box(*image.size, height, width, fraction), height, width)
-
-
-def random_resized_crop(
-    rng: np.random.Generator,
-    image: Image.Image,
-    height: int,
-    width: int,
-    scale: tuple[float, float] = (0.08, 1.0),
-    ratio: tuple[float, float] = (3 / 4, 4 / 3),
-) -> np.ndarray:
-    """Crop as in Szegedy et al. (2014), section 6: uint8 `(height, width, channels)`.
-
-    The algorithm is torchvision's.
-
-    Args:
-      scale: range of the crop's share of the area, sampled uniformly.
-      ratio: range of its width / height, sampled uniformly in the logarithm.
-    """
-    return _cut(image, resized_box(rng, *image.size, scale, ratio), height, width)
-
-
-def random_scaled_crop(
-    rng: np.random.Generator,
-    image: Image.Image,
-    size: int,
-    shorter: tuple[float, float] = (256, 480),
-) -> np.ndarray:
-    """Crop as in He et al. (2015), section 3.4: uint8 `(size, size, channels)`.
-
-    The picture is scaled so that its shorter side is uniform in `shorter`. That range is given for
-    crops of 224 pixels and applies to other sizes in proportion.
-    """
-    return _cut(image, scaled_box(rng, *image.size, shorter), size, size)
-
-
-def fit_box(width: int, height: int, new_height: int, new_width: int, fraction: float) -> Box:
-    """Return the box that `fit` cuts out of a picture of `width` x `height`."""
-    scale = fraction * min(width / new_width, height / new_height)
-    left = max(0.0, (width - scale * new_width) / 2)
-    top = max(0.0, (height - scale * new_height) / 2)
-    return left, top, width - left, height - top
-
-
-def resized_box(
-    rng: np.random.Generator,
-    width: int,
-    height: int,
-    scale: tuple[float, float] = (0.08, 1.0),
-    ratio: tuple[float, float] = (3 / 4, 4 / 3),
-) -> Box:
-    """Draw the box that `random_resized_crop` cuts out of a picture of `width` x `height`."""
-    narrowest, widest = ratio
-    for _ in range(10):
-        area = width * height * rng.uniform(*scale)
-        aspect = math.exp(rng.uniform(math.log(narrowest), math.log(widest)))
-        box_width, box_height = round(math.sqrt(area * aspect)), round(math.sqrt(area / aspect))
-        if 0 < box_width <= width and 0 < box_height <= height:
-            left = int(rng.integers(width - box_width + 1))
-            top = int(rng.integers(height - box_height + 1))
-            return left, top, left + box_width, top + box_height
-    box_width, box_height = min(width, height * widest), min(height, width / narrowest)
-    left, top = (width - box_width) / 2, (height - box_height) / 2
-    return left, top, left + box_width, top + box_height
-
-
-def scaled_box(
-    rng: np.random.Generator, width: int, height: int, shorter: tuple[float, float] = (256, 480)
-) -> Box:
-    """Draw the box that `random_scaled_crop` cuts out of a picture of `width` x `height`."""
-    side = min(width, height) * REFERENCE_CROP / rng.uniform(*shorter)
-    left, top = rng.uniform(0, width - side), rng.uniform(0, height - side)
-    return left, top, left + side, top + side
-
-
-def _decode(image: Image.Image, channels: int, at_least: tuple[float, float] | None) -> Image.Image:
+def _decode(
+    image: Image.Image, channels: int, at_least: tuple[float, float] | None = None
+) -> Image.Image:
+    """Decode a picture, upright; a JPEG may be smaller, but has this width and height at least."""
     if channels not in MODES:
         raise InputError(f"pictures are read with 1 or 3 channels, not {channels}")
     orientation = _orientation(image)

@@ -41,8 +41,8 @@ class Example(NamedTuple):
     unreadable: Unreadable = ()
 
 
-class Batch(NamedTuple):
-    """Images and labels as in `flaxnets.data.Split`, and the pictures skipped for them.
+class Examples(NamedTuple):
+    """Images and labels of a batch, and the pictures skipped for them.
 
     In transit from a worker, `labels` is bytes, and `images` is bytes or a slot number.
     """
@@ -52,22 +52,23 @@ class Batch(NamedTuple):
     unreadable: Unreadable
 
 
-def stack_batch(examples: Sequence[Example], images: np.ndarray) -> Batch:
+def stack_examples(examples: Sequence[Example], images: np.ndarray) -> Examples:
     """Stack `examples` into a batch in `images`, and fill the rest of it with zeros."""
     count = len(examples)
     labels = np.zeros(len(images), np.int32)
     labels[:count] = [example.label for example in examples]
     np.stack([example.image for example in examples], out=images[:count])
     images[count:] = 0
-    return Batch(images, labels, tuple(each for some in examples for each in some.unreadable))
+    return Examples(images, labels, tuple(each for some in examples for each in some.unreadable))
 
 
 @dataclass(frozen=True)
 class Slots:
     """Shared memory in which workers hand images of batches to the main process.
 
-    Each worker has its own slots and reuses them once they have been emptied. Allocating new shared
-    memory for each batch, as Grain does, costs a tenth of the time of decoding.
+    Each worker has its own slots and reuses them once they have been emptied. A batch of 64 images
+    of 224 pixels takes 3 ms of CPU time in this way, 13 ms in shared memory that Grain allocates
+    for each batch, and 19 ms through a pipe. Decoding it takes 140 ms.
     """
 
     memory: SharedMemory
@@ -85,7 +86,7 @@ class Slots:
             ) from error
         return cls(memory, shape, number)
 
-    def send(self, examples: Sequence[Example]) -> Batch:
+    def send(self, examples: Sequence[Example]) -> Examples:
         """Pack a batch in a worker, its images in a free slot if there is one.
 
         The slot number then replaces the images. Arrays become bytes, because Grain would put each
@@ -94,13 +95,13 @@ class Slots:
         full = self._full
         for slot in range(_worker[0], self.number, _worker[1]):
             if not full[slot]:
-                batch = stack_batch(examples, self._images(slot))
+                batch = stack_examples(examples, self._images(slot))
                 full[slot] = True
                 return batch._replace(images=slot, labels=batch.labels.tobytes())
-        batch = stack_batch(examples, np.empty(self.shape, np.uint8))
+        batch = stack_examples(examples, np.empty(self.shape, np.uint8))
         return batch._replace(images=batch.images.tobytes(), labels=batch.labels.tobytes())
 
-    def receive(self, batch: Batch) -> Batch:
+    def receive(self, batch: Examples) -> Examples:
         """Unpack a batch that was sent, into memory of this process alone."""
         labels = np.frombuffer(batch.labels, np.int32).copy()
         if isinstance(batch.images, int):

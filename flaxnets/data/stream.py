@@ -15,7 +15,6 @@ from contextlib import closing
 from dataclasses import dataclass
 from functools import cached_property, partial
 from multiprocessing import resource_tracker
-from pathlib import Path
 from typing import Any, Protocol
 
 import grain
@@ -23,29 +22,23 @@ import numpy as np
 import tensorflow_datasets as tfds
 from absl import flags
 
-from flaxnets.data.batches import Augmentation, Preprocess
-from flaxnets.data.datasets import (
-    Dataset,
-    Split,
-    channel_statistics,
-    check_label,
-    find_dataset,
-)
-from flaxnets.data.images import decode_crop, fit_box, resized_box, scaled_box
+from flaxnets.data.batches import Batch
+from flaxnets.data.crops import Crop, fit_box
+from flaxnets.data.datasets import Dataset, DatasetInfo, Split, check_label
+from flaxnets.data.images import decode_crop
 from flaxnets.data.slots import (
-    Batch,
     Example,
+    Examples,
     Slots,
     Unreadable,
     begin_worker,
     own_semaphores,
     remove_leftovers,
-    stack_batch,
+    stack_examples,
 )
 from flaxnets.errors import FallbackWarning, InputError
 from flaxnets.text import plural
 
-CROPS = ("resized", "scaled", "fixed", "none")
 LOADED_TOGETHER = 64
 # Number of batches that Grain keeps in flight from a worker.
 SLOTS_OF_A_WORKER = 5
@@ -198,33 +191,26 @@ class TfdsSource:
         return {name: value for name, value in self.__dict__.items() if name != "_records"}
 
 
-def find_tfds_stream(name: str, data_dir: str | Path | None = None) -> StreamedDataset:
-    """Look up a data set prepared by TFDS, with pictures of any sizes.
-
-    Args:
-      name: name of the data set in TFDS, such as `imagenette`.
-      data_dir: directory of TFDS's data sets; None for its default, `~/tensorflow_datasets`.
+def stream_dataset(info: DatasetInfo) -> StreamedDataset:
+    """Make a stream of a prepared data set, with pictures of any sizes.
 
     Raises:
-      InputError: `find_dataset` refuses the data set, its images are not uint8, or it has no labels
-        or only one class.
+      InputError: images are not uint8, or there are no labels or only one class.
     """
-    info = find_dataset(name, data_dir)
-    builder = info.builder
-
-    def source(split: str) -> TfdsSource:
-        count = builder.info.splits[split].num_examples
-        return TfdsSource(
+    builder, name = info.builder, info.name
+    train, test = (
+        TfdsSource(
             str(builder.data_path),
             split,
             info.image_key,
             info.label_key,
-            count,
+            builder.info.splits[split].num_examples,
             len(info.class_names),
         )
-
-    train, test = source("train"), source(info.test_split)
-    dtype = np.dtype(builder.info.features[info.image_key].np_dtype)
+        for split in ("train", info.test_split)
+    )
+    feature = builder.info.features[info.image_key]
+    dtype = np.dtype(feature.np_dtype)
     if dtype.kind == "f":  # floats are stored as PNGs whose pixels are their bytes
         raise InputError(f"{name} has {dtype} images; choose a data set of uint8 images")
     if len(info.class_names) < 2:
@@ -237,7 +223,7 @@ def find_tfds_stream(name: str, data_dir: str | Path | None = None) -> StreamedD
         class_names=info.class_names,
         train=train,
         test=test,
-        channels=1 if builder.info.features[info.image_key].shape[-1] == 1 else 3,
+        channels=1 if feature.shape[-1] == 1 else 3,
     )
 
 
@@ -275,8 +261,7 @@ class TrainStream:
     Attributes:
       image_size: height and width of the crops in pixels.
       channels: 1 or 3.
-      crop: "resized" (Szegedy et al. 2014), "scaled" (He et al. 2015), "fixed" (as "scaled", from
-        a shorter side of 256 for crops of 224), or "none" for the largest centred square.
+      crop: random crop, or its name.
       flip: mirror each crop left to right with probability 1/2.
       workers: number of processes that prepare batches; 0 uses threads of this process.
       skip_unreadable: replace a picture that cannot be read with the next readable one of `source`
@@ -289,7 +274,7 @@ class TrainStream:
     source: Source
     image_size: int
     channels: int
-    crop: str
+    crop: Crop
     flip: bool
     batch_size: int
     seed: int
@@ -297,8 +282,7 @@ class TrainStream:
     skip_unreadable: bool = False
 
     def __post_init__(self) -> None:
-        if self.crop not in CROPS:
-            raise InputError(f"crop must be one of {', '.join(CROPS)}, not {self.crop!r}")
+        object.__setattr__(self, "crop", Crop(self.crop))
         if min(self.image_size, self.batch_size) < 1 or min(self.seed, self.workers) < 0:
             raise InputError(
                 f"image_size {self.image_size} and batch_size {self.batch_size} must be above "
@@ -316,7 +300,7 @@ class TrainStream:
 
     def batches(
         self, step: int, total_steps: int, skipped: set[str] | None = None
-    ) -> Generator[Split]:
+    ) -> Generator[Batch]:
         """Iterate over the batches of steps `step` to `total_steps - 1`, counted over all epochs.
 
         Images are uint8 `(batch, image_size, image_size, channels)`, labels int32 `(batch,)`. Each
@@ -343,13 +327,13 @@ class TrainStream:
         shape = (self.batch_size, self.image_size, self.image_size, self.channels)
         warned = set() if skipped is None else skipped
 
-        def splits() -> Generator[Split]:
-            with closing(_batches(examples, shape, step, total_steps, self.workers)) as batches:
-                for batch in batches:
-                    _warn_of_skipped(self.source, batch.unreadable, warned)
-                    yield Split(batch.images, batch.labels)
+        def batches() -> Generator[Batch]:
+            with closing(_read(examples, shape, step, total_steps, self.workers)) as stacked:
+                for images, labels, unreadable in stacked:
+                    _warn_of_skipped(self.source, unreadable, warned)
+                    yield Batch(images, labels)
 
-        return _closed_at_exit(splits())
+        return _closed_at_exit(batches())
 
 
 def eval_batches(
@@ -361,8 +345,8 @@ def eval_batches(
     workers: int = 0,
     skip_unreadable: bool = False,
     skipped: set[str] | None = None,
-) -> Generator[tuple[Split, np.ndarray]]:
-    """Iterate over all examples once, in order, cropped by `flaxnets.data.images.fit`.
+) -> Generator[tuple[Batch, np.ndarray]]:
+    """Iterate over all examples once, in order, cropped by `flaxnets.data.crops.fit_box`.
 
     Big JPEGs are decoded only to the detail that is needed (`flaxnets.data.images.decode_crop`).
     Batches are those of `TrainStream`, with weights bool `(batch,)`. The last batch is filled up
@@ -382,15 +366,15 @@ def eval_batches(
     shape = (batch_size, image_size, image_size, channels)
     steps = -(-len(source) // batch_size)
 
-    def weighted() -> Generator[tuple[Split, np.ndarray]]:
+    def weighted() -> Generator[tuple[Batch, np.ndarray]]:
         unreadable: Unreadable = ()
-        with closing(_batches(examples, shape, 0, steps, workers)) as batches:
-            for i, batch in enumerate(batches):
+        with closing(_read(examples, shape, 0, steps, workers)) as stacked:
+            for i, (images, labels, without) in enumerate(stacked):
                 start = i * batch_size
                 weights = np.arange(batch_size) < len(source) - start
-                weights[[index - start for index, _ in batch.unreadable]] = False
-                unreadable += batch.unreadable
-                yield Split(batch.images, batch.labels), weights
+                weights[[index - start for index, _ in without]] = False
+                unreadable += without
+                yield Batch(images, labels), weights
         # Warn last, so that a missing folder is one error instead of a warning per picture.
         if unreadable and len(unreadable) == len(source):
             index, reason = unreadable[0]
@@ -403,37 +387,33 @@ def eval_batches(
     return _closed_at_exit(weighted())
 
 
-def load_in_memory(streamed: StreamedDataset, image_size: int, fraction: float) -> Dataset:
-    """Load all pictures into memory, cropped by `flaxnets.data.images.fit`.
+def load_source(source: Source, image_size: int, channels: int, fraction: float) -> Split:
+    """Load all pictures into memory, cropped by `flaxnets.data.crops.fit_box`.
 
     Raises:
       InputError: a picture cannot be read; the message names it.
     """
+    shape = (len(source), image_size, image_size, channels)
+    split = Split(np.empty(shape, np.uint8), np.empty(len(source), np.int32))
+    start = 0
+    for batch, weights in eval_batches(source, image_size, channels, fraction, LOADED_TOGETHER):
+        stop = start + int(weights.sum())
+        for all_of, some in zip(split, batch, strict=True):
+            all_of[start:stop] = some[: stop - start]
+        start = stop
+    return split
 
-    def load(source: Source) -> Split:
-        shape = (len(source), image_size, image_size, streamed.channels)
-        split = Split(np.empty(shape, np.uint8), np.empty(len(source), np.int32))
-        start = 0
-        for batch, weights in eval_batches(source, *shape[2:], fraction, LOADED_TOGETHER):
-            stop = start + int(weights.sum())
-            for all_of, some in zip(split, batch, strict=True):
-                all_of[start:stop] = some[: stop - start]
-            start = stop
-        return split
 
-    train = load(streamed.train)
-    statistics = channel_statistics(train.images)
-    return Dataset(
-        name=streamed.name,
-        version=streamed.version,
-        class_names=streamed.class_names,
-        train=train,
-        test=load(streamed.test),
-        preprocess=Preprocess((image_size, image_size, streamed.channels), *statistics),
-        # He et al. (2015), section 4.2, pad images of 32 pixels by 4. Pictures are not flipped, as
-        # their classes may not survive mirroring.
-        augmentation=Augmentation(pad=image_size // 8, flip=False),
+def load_in_memory(streamed: StreamedDataset, image_size: int, fraction: float) -> Dataset:
+    """Load both splits by `load_source`.
+
+    Images are not flipped in training, as their classes may not survive mirroring.
+    """
+    train, test = (
+        load_source(source, image_size, streamed.channels, fraction)
+        for source in (streamed.train, streamed.test)
     )
+    return Dataset.from_splits(streamed.name, streamed.version, streamed.class_names, train, test)
 
 
 @dataclass(frozen=True)
@@ -464,15 +444,9 @@ class _TrainExample:
 
     def _crop(self, index: int, rng: np.random.Generator) -> tuple[np.ndarray, int]:
         stream = self.stream
-        size = stream.image_size
         mirrored = stream.flip and rng.random() < 0.5
-        draw = {
-            "resized": partial(resized_box, rng),
-            "scaled": partial(scaled_box, rng),
-            "fixed": partial(scaled_box, rng, shorter=(256, 256)),
-            "none": partial(fit_box, new_height=size, new_width=size, fraction=1.0),
-        }[stream.crop]
-        return _read(stream.source, index, stream.channels, size, draw, mirrored)
+        draw = partial(stream.crop.draw_box, rng, stream.image_size)
+        return _decode(stream.source, index, stream.channels, stream.image_size, draw, mirrored)
 
 
 @dataclass(frozen=True)
@@ -489,14 +463,14 @@ class _EvalExample:
         size = self.image_size
         draw = partial(fit_box, new_height=size, new_width=size, fraction=self.fraction)
         try:
-            return Example(*_read(self.source, index, self.channels, size, draw))
+            return Example(*_decode(self.source, index, self.channels, size, draw))
         except InputError as error:
             reason = _reason_to_skip(error, self.skip_unreadable)
             nothing = np.zeros((size, size, self.channels), np.uint8)
             return Example(nothing, 0, ((int(index), reason),))
 
 
-def _read(
+def _decode(
     source: Source, index: int, channels: int, size: int, draw: Any, mirrored: bool = False
 ) -> tuple[np.ndarray, int]:
     data, label = source[index]
@@ -531,9 +505,9 @@ def _warn_of_skipped(source: Source, unreadable: Unreadable, skipped: set[str]) 
             )
 
 
-def _batches(
+def _read(
     examples: grain.MapDataset, shape: tuple[int, ...], start: int, stop: int, workers: int
-) -> Generator[Batch]:
+) -> Generator[Examples]:
     """Read ahead batches `start` to `stop - 1` of `examples`; `shape` is that of their images."""
     if start >= stop:
         return
@@ -548,9 +522,9 @@ def _batches(
 
 def _read_with_threads(
     examples: grain.MapDataset, shape: tuple[int, ...], start: int, stop: int, _: int
-) -> Generator[Batch]:
-    def stack(examples: Sequence[Example]) -> Batch:
-        return stack_batch(examples, np.empty(shape, np.uint8))
+) -> Generator[Examples]:
+    def stack(examples: Sequence[Example]) -> Examples:
+        return stack_examples(examples, np.empty(shape, np.uint8))
 
     # Threads take one picture at a time: the first batch comes soon, and closing is fast.
     threads = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 4
@@ -565,7 +539,7 @@ def _read_with_threads(
 
 def _read_with_workers(
     examples: grain.MapDataset, shape: tuple[int, ...], start: int, stop: int, workers: int
-) -> Generator[Batch]:
+) -> Generator[Examples]:
     workers = min(workers, stop - start)
     remove_leftovers()
     slots, received = Slots.create(shape, SLOTS_OF_A_WORKER * workers), 0

@@ -10,13 +10,14 @@ import jax.numpy as jnp
 import msgspec
 import numpy as np
 
-from flaxnets.data import Dataset, Split, load_dataset
+from flaxnets.data import Dataset, Split
 from flaxnets.decoding import Count, Positive
 from flaxnets.errors import InputError
 from flaxnets.models.resnet import ResNet
 from flaxnets.parallel import data_mesh, replicate
 from flaxnets.reporting.figures import colour_depths
 from flaxnets.studies.directory import run_directory
+from flaxnets.studies.own_data import open_own_dataset
 from flaxnets.studies.restore import Restored, restore
 from flaxnets.studies.results import Run, read_runs
 
@@ -185,14 +186,13 @@ def _restore_network(path: Path, run: Run) -> MeasuredNetwork:
 
 def _load_images(network: MeasuredNetwork, data_dir: Path | None) -> Dataset:
     """Load the data set that the study was trained on."""
-    own = network.run.config.dataset
-    if not own.can_be_opened:
-        raise InputError(f"the config of {network.name} names no data set")
-    dataset = load_dataset(own.name, data_dir, own.train_examples)
-    dataset = dataset.resized(network.restored.preprocess.size)
-    if dataset.fingerprint() != own.sha256:
-        raise InputError(f"{own.name} is not the data this study was trained on (sha256 differs)")
-    return dataset
+    dataset = open_own_dataset(network.restored, network.name, data_dir)
+    expected = network.run.config.dataset.sha256
+    if not isinstance(dataset, Dataset) or dataset.fingerprint() != expected:
+        raise InputError(
+            f"{dataset.name} is not the data this study was trained on (sha256 differs)"
+        )
+    return dataset.resized(network.restored.preprocess.size)
 
 
 def _sample(network: MeasuredNetwork, split: Split, num_images: int) -> Images:

@@ -12,6 +12,7 @@ from matplotlib.patches import Rectangle
 
 from flaxnets.reporting.figures import write_figure
 from flaxnets.text import shorten
+from flaxnets.training.evaluation import compute_probabilities, most_confidently_wrong
 
 # Confusion matrix: inches per class, and the smallest and largest side.
 CELL, SMALLEST, LARGEST = 0.46, 2.6, 14.0
@@ -19,6 +20,7 @@ MOST_COUNTED = 25  # most classes with the number of images in each cell
 MOST_NAMED = 120  # most classes with names next to rows and columns
 # Contact sheet: columns, and inches of a column, of a picture and above the first row.
 COLUMNS, WIDTH, PICTURE, TITLE = 5, 1.65, 1.25, 0.55
+MOST_WRONG = 25  # images on the sheet of mistakes
 
 
 def draw_confusion(
@@ -71,6 +73,47 @@ def _name_classes(ax: Axes, class_names: Sequence[str], cell: float) -> None:
     ax.set_xticks(range(len(names)), names, rotation=0 if fits else 90, **style)
     ax.set_yticks(range(len(names)), names, **style)
     ax.tick_params(length=0)
+
+
+def draw_mistakes(
+    images: np.ndarray,
+    labels: np.ndarray,
+    logits: np.ndarray,
+    class_names: Sequence[str],
+    path: Path,
+    title: str,
+) -> None:
+    """Draw the images that were misclassified with the greatest confidence; see
+    `draw_contact_sheet`.
+
+    Args:
+      images: uint8 `(n, height, width, channels)`, with 1 or 3 channels.
+      labels: int `(n,)`.
+      logits: `(n, classes)`.
+    """
+    shown = drop_copies(images, most_confidently_wrong(logits, labels, len(labels)), MOST_WRONG)
+    captions = []
+    for index, row in zip(shown, compute_probabilities(logits[shown]), strict=True):
+        true, predicted = (
+            shorten(class_names[int(i)], 24) for i in (labels[index], logits[index].argmax())
+        )
+        separator = " → " if len(true) + len(predicted) <= 20 else "\n→ "
+        captions.append(f"{true}{separator}{predicted}\n{100 * row.max():.1f} %")
+    found = f"the {len(shown)} most confident mistakes" if len(shown) else "no mistakes to show"
+    draw_contact_sheet(list(images[shown]), captions, path, f"{title}; {found}")
+
+
+def drop_copies(images: np.ndarray, rows: np.ndarray, most: int) -> np.ndarray:
+    """Return the first rows, at most `most`, whose images all differ.
+
+    A data set may have one picture several times.
+    """
+    different: dict[bytes, int] = {}
+    for row in rows:
+        different.setdefault(images[row].tobytes(), row)
+        if len(different) == most:
+            break
+    return np.array(list(different.values()), int)
 
 
 def draw_contact_sheet(

@@ -1,5 +1,6 @@
 """Evaluation of trained networks: logits on a split, and the measures computed from them."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -9,7 +10,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from flaxnets.data.batches import Augmentation, Preprocess
+from flaxnets.data.batches import Preprocess
+from flaxnets.data.crops import Crop
+from flaxnets.errors import InputError
 from flaxnets.parallel import data_mesh, replicate, replicated, split_batch
 from flaxnets.training.config import RunConfig
 from flaxnets.training.steps import cross_entropy
@@ -117,13 +120,26 @@ def most_confidently_wrong(logits: np.ndarray, labels: np.ndarray, count: int) -
     return wrong[np.argsort(-confidence, kind="stable")[:count]]
 
 
+def require_logits(logits: np.ndarray, class_names: Sequence[str], where: object) -> None:
+    """Refuse a network whose logits `(n, classes)` are not those of `class_names`.
+
+    Raises:
+      InputError: the message calls the network `where`.
+    """
+    if logits.shape[1] != len(class_names):
+        raise InputError(
+            f"the network of {where} has {logits.shape[1]} classes, but its config names "
+            f"{len(class_names)}; it is damaged or was not written by this library"
+        )
+
+
 def evaluation_fraction(config: RunConfig) -> float:
     """Return the share of a picture's shorter side that a run was evaluated on in training.
 
     The run's config decides: 224 of 256 if it was trained on crops of streamed pictures.
     """
-    crops = config.dataset.streamed and config.recipe.augment.endswith("-crop")
-    return Augmentation(crop="resized" if crops else "none").seen_at_evaluation
+    crop = config.recipe.crop if config.dataset.streamed else Crop.NONE
+    return crop.evaluation_fraction
 
 
 def evaluation_batch(image_shape: tuple[int, int, int]) -> int:

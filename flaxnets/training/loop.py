@@ -17,7 +17,7 @@ import jax
 import optax
 from jax.sharding import Mesh
 
-from flaxnets.data.batches import Augmentation, Preprocess, epoch_order
+from flaxnets.data.batches import Augmentation, Batch, Preprocess, epoch_order
 from flaxnets.data.datasets import Dataset, Split, refuse_nothing_to_learn
 from flaxnets.data.stream import TrainStream, eval_batches
 from flaxnets.errors import DamageWarning, FallbackWarning, InputError, StorageError
@@ -195,7 +195,7 @@ class TrainSetup:
         )
         skipped: set[str] = set()
 
-        def feed(key: jax.Array, step: int) -> Iterator[tuple[Split]]:
+        def feed(key: jax.Array, step: int) -> Iterator[tuple[Batch]]:
             batches: Any = stream.batches(step, shared["total_steps"], skipped)
             with closing(batches):
                 for batch in batches:
@@ -208,7 +208,7 @@ class TrainSetup:
                     source,
                     size,
                     channels,
-                    crops.seen_at_evaluation,
+                    crops.crop.evaluation_fraction,
                     eval_batch(mesh),
                     skip_unreadable=skip_unreadable,
                     skipped=skipped,

@@ -11,6 +11,7 @@ import optax
 from optax.contrib import ReduceLROnPlateauState, reduce_on_plateau
 
 from flaxnets.data.batches import Augmentation
+from flaxnets.data.crops import Crop
 from flaxnets.errors import InputError
 
 Optimizer = Literal["sgd", "adam"]
@@ -190,24 +191,25 @@ class Recipe:
             min_scale=self.plateau_floor / self.learning_rate,
         )
 
+    @property
+    def crop(self) -> Crop:
+        """Crop of `augment`, apart from that of a data set's default augmentation."""
+        name = self.augment.removesuffix("-crop")
+        return Crop.NONE if name == self.augment else Crop(name)
+
     def augmentation(self, default: Augmentation, image_size: int) -> Augmentation:
         """Return the augmentation of images of `image_size` pixels; `default` is the data set's.
 
         All but `none` include random flips. `keras` shifts by up to a tenth and repeats the edges.
-        `resized-crop` crops with the random area and aspect ratio of Szegedy et al. (2014), as in
-        torchvision's references. `scaled-crop` takes square crops of 224 pixels from images whose
-        shorter side has 256 to 480 pixels (He et al. 2015, section 3.4). `fixed-crop` takes them
-        from a shorter side of 256 pixels (Krizhevsky et al. 2012).
+        For `resized-crop`, `scaled-crop` and `fixed-crop` see `flaxnets.data.crops.Crop`.
         """
         kinds = {
             "default": default,
             "none": Augmentation(),
             "keras": Augmentation(pad=image_size // 10, edge=True, flip=True),
-            "resized-crop": Augmentation(crop="resized", flip=True),
-            "scaled-crop": Augmentation(crop="scaled", flip=True),
-            "fixed-crop": Augmentation(crop="fixed", flip=True),
         }
-        return kinds[self.augment].with_colour_noise(self.colour_noise)
+        chosen = kinds.get(self.augment, Augmentation(crop=self.crop, flip=True))
+        return chosen.with_colour_noise(self.colour_noise)
 
 
 def scale_by_plateau(

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import optax
 from jax.sharding import Mesh
 
-from flaxnets.data.batches import Augmentation, Preprocess, batch_indices
+from flaxnets.data.batches import Augmentation, Batch, Preprocess, batch_indices
 from flaxnets.data.datasets import Split
 from flaxnets.models.stacking import is_scanned, stack_blocks, unscanned
 from flaxnets.parallel import replicate, replicated, split_batch
@@ -130,7 +130,7 @@ def make_train_step(
     def train_step(state: TrainState, split: Split, order: jax.Array):
         indices = batch_indices(order, state.step, batch_size)
         indices = jax.lax.with_sharding_constraint(indices, split_batch(mesh))
-        batch = Split(split.images[indices], split.labels[indices])
+        batch = Batch(split.images[indices], split.labels[indices])
         return update(state, batch, order.shape[0] // batch_size)
 
     return train_step
@@ -150,7 +150,7 @@ def make_stream_step(
     update = _make_update(model, optimizer, preprocess, augmentation, label_smoothing, frozen)
 
     @partial(jax.jit, donate_argnums=0, out_shardings=replicated(mesh))
-    def train_step(state: TrainState, batch: Split):
+    def train_step(state: TrainState, batch: Batch):
         batch = jax.lax.with_sharding_constraint(batch, split_batch(mesh))
         return update(state, batch, steps_per_epoch)
 
@@ -164,8 +164,8 @@ def _make_update(
     augmentation: Augmentation | None,
     label_smoothing: float,
     frozen: bool,
-) -> Callable[[TrainState, Split, int], tuple[TrainState, jax.Array]]:
-    def update(state: TrainState, batch: Split, steps_per_epoch: int):
+) -> Callable[[TrainState, Batch, int], tuple[TrainState, jax.Array]]:
+    def update(state: TrainState, batch: Batch, steps_per_epoch: int):
         images, labels = batch
         augment_key, dropout_key = jax.random.split(
             jax.random.fold_in(jax.random.fold_in(state.key, 1), state.step)
@@ -234,14 +234,14 @@ def count_errors(logits: jax.Array, labels: jax.Array) -> jax.Array:
 
 def make_eval_step(
     model: nn.Module, preprocess: Preprocess, mesh: Mesh
-) -> Callable[[dict, Split, jax.Array], tuple[jax.Array, jax.Array]]:
+) -> Callable[[dict, Batch, jax.Array], tuple[jax.Array, jax.Array]]:
     """Make the jitted `eval_step(variables, batch, weights) -> (loss_sum, errors)`.
 
     The network is in evaluation mode. `weights` `(batch,)` is 1 for examples and 0 for padding.
     """
 
     @partial(jax.jit, out_shardings=replicated(mesh))
-    def eval_step(variables: dict, batch: Split, weights: jax.Array):
+    def eval_step(variables: dict, batch: Batch, weights: jax.Array):
         batch, weights = jax.lax.with_sharding_constraint((batch, weights), split_batch(mesh))
         logits: Any = model.apply(variables, preprocess.normalise(batch.images), train=False)
         losses = cross_entropy(logits, batch.labels)
@@ -252,14 +252,14 @@ def make_eval_step(
 
 
 @partial(jax.jit, static_argnames="batch_size")
-def _padded_batch(split: Split, start: jax.Array, batch_size: int) -> tuple[Split, jax.Array]:
+def _padded_batch(split: Split, start: jax.Array, batch_size: int) -> tuple[Batch, jax.Array]:
     indices = start + jnp.arange(batch_size)
     counts = indices < len(split.labels)
     indices = jnp.minimum(indices, len(split.labels) - 1)
-    return jax.tree.map(lambda array: array[indices], split), counts
+    return Batch(split.images[indices], split.labels[indices]), counts
 
 
-def padded_batches(split: Split, batch_size: int) -> Iterator[tuple[Split, jax.Array]]:
+def padded_batches(split: Split, batch_size: int) -> Iterator[tuple[Batch, jax.Array]]:
     """Yield a split on the devices in order: batches, and masks of the examples that count."""
     # Slice here, not in `eval_step`, which then compiles once for splits of every size.
     for start in range(0, len(split.labels), batch_size):
@@ -283,7 +283,7 @@ def evaluate(
 def evaluate_batches(
     eval_step: Callable,
     variables: dict,
-    batches: Iterable[tuple[Split, Any]],
+    batches: Iterable[tuple[Batch, Any]],
     stop: Callable[[], bool] = lambda: False,
 ) -> tuple[float, float] | None:
     """Evaluate batches, given with the weights of their examples; see `evaluate`."""

@@ -12,8 +12,8 @@ from PIL import Image
 import flaxnets
 from flaxnets import InputError
 from flaxnets.data import Split, load_dataset
-from flaxnets.data.datasets import channel_statistics, refuse_nothing_to_learn
-from flaxnets.data.stream import find_tfds_stream
+from flaxnets.data.datasets import channel_statistics, find_dataset, refuse_nothing_to_learn
+from flaxnets.data.stream import stream_dataset
 from flaxnets.parallel import data_mesh
 from flaxnets.training import RECIPES, TrainSetup
 
@@ -209,7 +209,7 @@ def test_labels_beyond_the_classes_are_refused(tmp_path):
     with pytest.raises(InputError, match=rf"made \(train split\) {message}"):
         load_dataset("made", tmp_path)
     with pytest.raises(InputError, match=rf"example \d of .* {message}"):
-        [find_tfds_stream("made", tmp_path).train[i] for i in range(2)]
+        [stream_dataset(find_dataset("made", tmp_path)).train[i] for i in range(2)]
 
 
 def test_training_images_must_differ_and_be_of_two_classes(digits):

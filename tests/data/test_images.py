@@ -1,21 +1,23 @@
 import io
+from functools import partial
 
 import numpy as np
 import pytest
 from PIL import Image, ImageDraw
 
 from flaxnets import InputError
-from flaxnets.data.images import (
-    PIXELS_FOR_ONE,
-    decode_crop,
-    decode_image,
-    fit,
-    fit_box,
-    random_resized_crop,
-    random_scaled_crop,
-    resized_box,
-    scaled_box,
-)
+from flaxnets.data.crops import Crop, fit_box, resized_box
+from flaxnets.data.images import PIXELS_FOR_ONE, _cut, _decode, decode_crop, open_image
+
+
+def decode_image(data: bytes, channels: int, at_least=None) -> Image.Image:
+    """The whole picture, as `decode_crop` decodes it before it crops."""
+    return _decode(open_image(io.BytesIO(data)), channels, at_least)
+
+
+def fit(image: Image.Image, height: int, width: int, fraction=1.0) -> np.ndarray:
+    """The centre of a picture, as in evaluation."""
+    return _cut(image, fit_box(*image.size, height, width, fraction), height, width)
 
 
 def encoded(image: Image.Image, kind="png", **options) -> bytes:
@@ -203,10 +205,13 @@ def test_fit_takes_the_centre(size, new, fraction, box):
 def test_crops_of_pictures_of_any_size(size):
     rng = np.random.default_rng(0)
     image = picture(*size)
+    data = encoded(image)
     for _ in range(50):
         assert fit(image, 49, 49, 0.875).shape == (49, 49, 3)
-        assert random_resized_crop(rng, image, 5, 6).shape == (5, 6, 3)
-        assert random_scaled_crop(rng, image.convert("L"), 8).shape == (8, 8, 1)
+        for crop in Crop:
+            draw = partial(crop.draw_box, rng, 8)
+            assert decode_crop(data, 3, 8, 8, draw).shape == (8, 8, 3)
+            assert decode_crop(data, 1, 8, 8, draw).shape == (8, 8, 1)
 
 
 def test_resized_crops_have_the_areas_and_shapes_of_the_definition():
@@ -259,7 +264,7 @@ def test_resized_crops_are_torchvisions():
 
 def test_scaled_crops_have_the_scales_of_the_paper():
     rng = np.random.default_rng(0)
-    boxes = np.array([scaled_box(rng, 640, 512) for _ in range(2000)])
+    boxes = np.array([Crop.SCALED.draw_box(rng, 224, 640, 512) for _ in range(2000)])
     left, top, right, bottom = boxes.T
     np.testing.assert_allclose(right - left, bottom - top)
     # Where the shorter side has 256 to 480 pixels, a crop has 224.
@@ -275,13 +280,15 @@ def test_scaled_crops_have_the_scales_of_the_paper():
 
 def test_crops_are_the_pixels_of_their_box():
     image = picture(200, 150)
+    data = encoded(image)
     for seed in range(5):
         box = resized_box(np.random.default_rng(seed), 200, 150)
-        part = random_resized_crop(np.random.default_rng(seed), image, 24, 32)
+        part = decode_crop(data, 3, 24, 32, partial(resized_box, np.random.default_rng(seed)))
         expected = image.crop(tuple(map(round, box))).resize((32, 24), Image.Resampling.BILINEAR)
         assert abs(part.astype(int) - np.asarray(expected)).mean() < 1
-        left, top, right, bottom = scaled_box(np.random.default_rng(seed), 200, 150)
-        part = random_scaled_crop(np.random.default_rng(seed), image, 24)
+        left, top, right, bottom = Crop.SCALED.draw_box(np.random.default_rng(seed), 24, 200, 150)
+        draw = partial(Crop.SCALED.draw_box, np.random.default_rng(seed), 24)
+        part = decode_crop(data, 3, 24, 24, draw)
         # Red grows from left to right, green from top to bottom.
         assert abs(part[..., 0].mean() - 255 * (left + right) / 2 / 200) < 2
         assert abs(part[..., 1].mean() - 255 * (top + bottom) / 2 / 150) < 2

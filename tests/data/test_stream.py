@@ -23,23 +23,23 @@ from PIL import Image
 import flaxnets
 from flaxnets import InputError
 from flaxnets.cli.main import run_command
-from flaxnets.data import Split
-from flaxnets.data.datasets import channel_statistics
+from flaxnets.data import Batch
+from flaxnets.data.crops import Crop
+from flaxnets.data.datasets import channel_statistics, find_dataset
 from flaxnets.data.folder import find_folder
-from flaxnets.data.images import decode_image, fit
 from flaxnets.data.slots import Example, Slots, _owner, remove_leftovers
 from flaxnets.data.stream import (
-    CROPS,
     Subset,
     TrainStream,
     eval_batches,
-    find_tfds_stream,
     hold_out,
     load_in_memory,
+    stream_dataset,
 )
 from flaxnets.errors import FallbackWarning
 from tests.conftest import ROOT
 from tests.data.test_datasets import make_dataset, random_images
+from tests.data.test_images import decode_image, fit
 
 
 @pytest.fixture(scope="module")
@@ -74,14 +74,14 @@ def same(batches, others) -> bool:
 
 
 @pytest.mark.parametrize("channels", [1, 3])
-@pytest.mark.parametrize("crop", CROPS)
+@pytest.mark.parametrize("crop", Crop)
 def test_batches_have_the_shapes_that_were_asked_for(pictures, crop, channels):
     stream = make_stream(pictures.train, crop=crop, channels=channels)
     assert stream.steps_per_epoch == 4
     batches = list(stream.batches(0, 6))
     assert len(batches) == 6
     for batch in batches:
-        assert isinstance(batch, Split)
+        assert isinstance(batch, Batch)
         assert batch.images.shape == (5, 8, 8, channels)
         assert (batch.images.dtype, batch.labels.dtype) == (np.uint8, np.int32)
         assert batch.labels.shape == (5,)
@@ -277,7 +277,7 @@ def test_any_number_of_workers_changes_nothing(pictures, monkeypatch, slots):
 @pytest.mark.slow
 def test_workers_read_prepared_data_sets(tmp_path):
     make_dataset(tmp_path, random_images(*[(5 + i, 7, 3) for i in range(6)]), [0, 1, 2] * 2)
-    source = find_tfds_stream("made", tmp_path).train
+    source = stream_dataset(find_dataset("made", tmp_path)).train
     expected = make_stream(source, batch_size=3).batches(0, 3)
     assert same(make_stream(source, 1, batch_size=3).batches(0, 3), expected)
 
@@ -371,7 +371,7 @@ def check_reports(warned, source, reasons=REASONS):
     return messages
 
 
-@pytest.mark.parametrize("crop", CROPS)
+@pytest.mark.parametrize("crop", Crop)
 def test_unreadable_pictures_are_replaced_by_the_next_readable_ones(damaged, crop):
     """With the same crops, however much of the unreadable picture could be read."""
     expected = list(make_stream(Replaced(damaged.train), crop=crop).batches(0, 8))
@@ -488,7 +488,7 @@ def test_a_folder_that_is_gone_is_one_error(damaged, workers, recwarn):
 
 def test_damaged_records_are_not_skipped(tmp_path):
     make_dataset(tmp_path, random_images((4, 4, 1), (4, 4, 1)), [0, 1])
-    train = dataclasses.replace(find_tfds_stream("made", tmp_path).train, num_classes=1)
+    train = dataclasses.replace(stream_dataset(find_dataset("made", tmp_path)).train, num_classes=1)
     source = Subset(train, np.arange(2))
     settings = {"batch_size": 2, "channels": 1, "skip_unreadable": True}
     for message in ("has label 1, but", "is damaged"):
@@ -656,7 +656,7 @@ def test_hold_out_of_nothing_or_all_is_refused(count):
 def test_prepared_data_sets(tmp_path, channels):
     images = random_images(*[(5 + i, 7, channels) for i in range(6)])
     make_dataset(tmp_path, images, [0, 1, 2, 0, 1, 2])
-    dataset = find_tfds_stream("made", tmp_path)
+    dataset = stream_dataset(find_dataset("made", tmp_path))
     assert (dataset.name, dataset.version) == ("made", "1.0.0")
     assert dataset.class_names == ("cat", "dog", "eel")
     assert dataset.channels == channels
@@ -669,9 +669,12 @@ def test_prepared_data_sets(tmp_path, channels):
             pixels = np.asarray(decode_image(data, channels))
             pairs.add((pixels.tobytes(), label))
     assert pairs == {(i.tobytes(), n) for i, n in zip(images, [0, 1, 2] * 2, strict=True)}
-    assert dataset.fingerprint() == find_tfds_stream("made", tmp_path).fingerprint()
+    assert dataset.fingerprint() == stream_dataset(find_dataset("made", tmp_path)).fingerprint()
     make_dataset(tmp_path / "more", images[:5], [0, 1, 2, 0, 1])
-    assert dataset.fingerprint() != find_tfds_stream("made", tmp_path / "more").fingerprint()
+    assert (
+        dataset.fingerprint()
+        != stream_dataset(find_dataset("made", tmp_path / "more")).fingerprint()
+    )
     settings = {"channels": channels, "batch_size": 3}
     expected = list(make_stream(dataset.train, **settings).batches(0, 3))
     assert {batch.images.shape for batch in expected} == {(3, 8, 8, channels)}
@@ -682,23 +685,23 @@ def test_prepared_data_sets_without_labels_are_refused(tmp_path):
     with pytest.raises(
         InputError, match=r"example 0 of train in .* has no label; choose a data set"
     ):
-        find_tfds_stream("made", tmp_path)
+        stream_dataset(find_dataset("made", tmp_path))
 
 
 def test_prepared_data_sets_of_one_class_or_of_floats_are_refused(tmp_path):
     image, label = tfds.features.Image(shape=(4, 4, 1)), tfds.features.ClassLabel(names=["cat"])
     make_dataset(tmp_path, random_images((4, 4, 1)), [0], features={"image": image, "label": label})
     with pytest.raises(InputError, match="made has one class; choose a data set with at least two"):
-        find_tfds_stream("made", tmp_path)
+        stream_dataset(find_dataset("made", tmp_path))
     for path in tmp_path.rglob("features.json"):
         path.write_text(path.read_text().replace('"uint8"', '"float32"'))
     with pytest.raises(InputError, match="made has float32 images; choose a data set of uint8"):
-        find_tfds_stream("made", tmp_path)
+        stream_dataset(find_dataset("made", tmp_path))
 
 
 def test_prepared_data_sets_that_are_damaged_are_refused(tmp_path):
     make_dataset(tmp_path, random_images((4, 4, 1), (4, 4, 1)), [0, 1])
-    dataset = find_tfds_stream("made", tmp_path)
+    dataset = stream_dataset(find_dataset("made", tmp_path))
     for path in tmp_path.rglob("*.array_record*"):
         path.write_bytes(bytes(100))
     with pytest.raises(InputError, match=r"is damaged.*prepare it again"):
@@ -706,7 +709,7 @@ def test_prepared_data_sets_that_are_damaged_are_refused(tmp_path):
 
 
 def test_prepared_data_sets_of_one_size_are_those_in_memory(data_dir, digits):
-    dataset = load_in_memory(find_tfds_stream("digits", data_dir), 8, 1.0)
+    dataset = load_in_memory(stream_dataset(find_dataset("digits", data_dir)), 8, 1.0)
     assert dataset.fingerprint() == digits.fingerprint()
     assert dataset.preprocess == digits.preprocess
 
