@@ -56,5 +56,13 @@ def tidy_signature(app: Sphinx, what: str, name: str, obj: Any, options: Any, *t
     return signature, returns
 
 
+def skip_tuple_fields(
+    app: Sphinx, what: str, name: str, obj: Any, skip: bool, options: Any
+) -> bool | None:
+    """Leave out the fields of named tuples, which the signature has already."""
+    return True if type(obj).__name__ == "_tuplegetter" else None
+
+
 def setup(app: Sphinx) -> None:
+    app.connect("autodoc-skip-member", skip_tuple_fields)
     app.connect("autodoc-process-signature", tidy_signature)
