@@ -54,12 +54,12 @@ from flaxnets.files import storage_errors
 from flaxnets.models.resnet import ResNet
 from flaxnets.parallel import data_mesh, replicate
 from flaxnets.reporting.html_report import parse_number
-from flaxnets.studies.config import DATASET_NAME
 from flaxnets.studies.directory import lock_directory, run_directory
 from flaxnets.studies.restore import restore
-from flaxnets.studies.study import Run, read_runs
+from flaxnets.studies.results import Run, read_runs
 from flaxnets.text import duration
 from flaxnets.training import Progress
+from flaxnets.training.config import DATASET_NAME
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -51,9 +51,9 @@ from flaxnets.files import storage_errors, write_atomic
 from flaxnets.models import create_model, published_image_shape
 from flaxnets.models.torch_weights import load_torch
 from flaxnets.reporting.evaluation_figures import draw_confusion, draw_contact_sheet
-from flaxnets.studies.config import DATASET_NAME
 from flaxnets.studies.restore import Restored, restore
 from flaxnets.text import shorten, spreadsheet_text
+from flaxnets.training.config import DATASET_NAME
 from flaxnets.training.evaluation import (
     MOST_CONFUSED,
     Evaluation,

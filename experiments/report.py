@@ -28,7 +28,7 @@ from flaxnets.reporting.html_report import (
     read_picture,
 )
 from flaxnets.studies.directory import RUN_FILES
-from flaxnets.studies.study import read_runs
+from flaxnets.studies.results import read_runs
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -66,7 +66,6 @@ from flaxnets.models.cost import count_cost, count_depth
 from flaxnets.models.resnet import ResNet
 from flaxnets.parallel import data_mesh, make_deterministic, replicate
 from flaxnets.reporting.figures import draw_run
-from flaxnets.studies.config import DEEPEST, DTYPES, check_config, is_network
 from flaxnets.studies.directory import begin_run, check_output_dir, check_run, lock_directory
 from flaxnets.studies.restore import preprocess_of, restore
 from flaxnets.text import duration, millions, shorten
@@ -81,6 +80,7 @@ from flaxnets.training import (
     train_run,
 )
 from flaxnets.training.checkpoints import read_newest
+from flaxnets.training.config import DEEPEST, DTYPES, check_config, is_network
 from flaxnets.training.loop import best_epoch
 from flaxnets.training.recipes import CHOICES, PRESETS, describe_fields
 from flaxnets.training.tensorboard import open_tensorboard

@@ -16,6 +16,10 @@ class InputError(ValueError):
         super().__init__(printable(message))
 
 
+class SettingError(InputError):
+    """A setting of a study is invalid; the message begins with its name."""
+
+
 class StorageError(OSError):
     """A failed write; the message names the path, the reason and the space needed.
 

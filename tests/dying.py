@@ -14,6 +14,7 @@ from typing import Any
 import flaxnets.cli.main
 import flaxnets.cli.progress
 import flaxnets.files
+import flaxnets.studies.grid as grid
 import flaxnets.training.checkpoints as checkpoints
 import flaxnets.training.loop as loop
 from tests.conftest import load_script
@@ -95,7 +96,7 @@ def between_metrics_and_checkpoint():
 
 
 def between_two_runs():
-    die_at_call(degradation, "write_summary", after=True)
+    die_at_call(grid, "write_summary", after=True)
 
 
 PLACES = {

@@ -11,9 +11,9 @@ import numpy as np
 
 from flaxnets.parallel import data_mesh
 from flaxnets.studies.directory import run_directory
-from flaxnets.studies.restore import build_model, preprocess_of
-from flaxnets.studies.study import read_runs
-from flaxnets.training import Checkpoints, Recipe, create_state
+from flaxnets.studies.restore import build_model
+from flaxnets.studies.results import read_runs
+from flaxnets.training import Checkpoints, create_state
 
 ROOT = Path(__file__).parents[1]
 COMMAND = (sys.executable, ROOT / "experiments" / "degradation.py")
@@ -66,13 +66,12 @@ def assert_same_run(one, other):
 def stored_state(directory):
     """Every array of a run's newest good checkpoint, by its path, and where the run is."""
     with Checkpoints(directory, read_only=True) as checkpoints:
-        config, progress = checkpoints.read_config(), checkpoints.read_progress()
-        recipe = Recipe.from_config(config["recipe"])
-        optimizer = recipe.make_optimizer(config["total_steps"], config["depth"])
-        shape = preprocess_of(config).input_shape
+        config, result = checkpoints.read_config(), checkpoints.read_result()
+        optimizer = config.recipe.make_optimizer(config.total_steps, config.depth)
+        shape = config.preprocess.input_shape
         like = create_state(build_model(config), optimizer, 0, shape, data_mesh())
         state = checkpoints.restore(like)
     state = state.replace(key=jax.random.key_data(state.key))
     leaves = jax.tree_util.tree_flatten_with_path(state)[0]
     arrays = {jax.tree_util.keystr(path): np.asarray(leaf) for path, leaf in leaves}
-    return {**arrays, "progress": np.array([progress["step"], progress["status"]])}
+    return {**arrays, "progress": np.array([result.step, result.status])}

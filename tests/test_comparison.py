@@ -6,7 +6,7 @@ from rich.console import Console
 
 from flaxnets.reporting.comparison import bootstrap_interval, depth_pairs, paired_differences
 from flaxnets.reporting.tables import differences_table
-from flaxnets.studies.study import group_runs
+from flaxnets.studies.results import group_runs
 from tests.test_study import made_run
 
 

@@ -10,14 +10,18 @@ import sys
 import time
 from pathlib import Path
 
+import jax
 import pytest
-from test_study import made_run
 
+import flaxnets
 from flaxnets.cli.main import run_command
 from flaxnets.errors import StorageError
-from flaxnets.studies.study import group_runs
+from flaxnets.reporting.conclusion import conclude
+from flaxnets.studies import estimate, grid
+from flaxnets.studies.estimate import Probe
+from flaxnets.studies.results import group_runs
 from flaxnets.training import RunResult
-from flaxnets.training.estimate import Probe
+from tests.factories import make_run
 from tests.studies import assert_same_study
 
 ROOT = Path(__file__).parents[1]
@@ -183,8 +187,8 @@ def test_bad_input_of_a_real_process():
     assert not finished.stdout
 
 
-def test_batch_that_does_not_divide_by_the_devices(command, degradation, monkeypatch):
-    monkeypatch.setattr(degradation.jax, "device_count", lambda: 3)
+def test_batch_that_does_not_divide_by_the_devices(command, monkeypatch):
+    monkeypatch.setattr(jax, "device_count", lambda: 3)
     status, _, err = command("--depths", "8")
     assert status == 2
     assert "is not divisible by the 3 devices; give a multiple of 3" in err
@@ -441,11 +445,11 @@ def test_dry_run_prints_the_plan_and_writes_nothing(command, tmp_path):
     assert sorted(tmp_path.rglob("*")) == before
 
 
-def test_dry_run_knows_what_is_finished(study, command, degradation, monkeypatch):
+def test_dry_run_knows_what_is_finished(study, command, monkeypatch):
     def measured(model, depth, work, *_):
         return Probe(depth, work, first_step=0.75 * 10, step=1.0)
 
-    monkeypatch.setattr(degradation, "measure", measured)
+    monkeypatch.setattr(estimate, "measure", measured)
     status, out, _ = command(*study.arguments, "--dry-run")
     assert status == 0
     assert out.splitlines()[-1] == "2 runs of 22 updates, all finished: nothing is left to train"
@@ -455,15 +459,6 @@ def test_dry_run_knows_what_is_finished(study, command, degradation, monkeypatch
         "2 runs of 22 updates, 1 of them not finished; about 0:41 here, "
         "judging by a few steps of small networks"
     )
-
-
-def test_steps_left(degradation):
-    def left(status, step):
-        return degradation.steps_left(RunResult(status, [], step, 0.0, None), 22)
-
-    assert degradation.steps_left(None, 22) == 22
-    assert (left("unfinished", 11), left("unfinished", 22)) == (11, 0)
-    assert (left("finished", 22), left("diverged", 11)) == (0, 0)
 
 
 def test_divergence_does_not_end_the_study(command, tmp_path):
@@ -481,16 +476,15 @@ class TestConclusion:
     """The sentences follow from the numbers."""
 
     @staticmethod
-    def of(degradation, *runs):
-        return degradation.conclude(group_runs(runs), 220)
+    def of(*runs):
+        return conclude(group_runs(runs), 220)
 
-    def test_degradation(self, degradation):
+    def test_degradation(self):
         text = self.of(
-            degradation,
-            made_run("plain", 18, 0, errors=(50.0, 0.3, 0.1, 0.0)),
-            made_run("plain", 56, 0, errors=(90.0, 60.0, 50.0, 45.0)),
-            made_run("residual", 18, 0, errors=(50.0, 0.0, 0.0, 0.0)),
-            made_run("residual", 56, 0, errors=(50.0, 0.2, 0.1, 0.1)),
+            make_run("plain", 18, 0, errors=(50.0, 0.3, 0.1, 0.0)),
+            make_run("plain", 56, 0, errors=(90.0, 60.0, 50.0, 45.0)),
+            make_run("residual", 18, 0, errors=(50.0, 0.0, 0.0, 0.0)),
+            make_run("residual", 56, 0, errors=(50.0, 0.2, 0.1, 0.1)),
         )
         assert text == (
             "After 220 updates from one seed, the training error of plain networks rises with "
@@ -500,12 +494,11 @@ class TestConclusion:
             "point or more."
         )
 
-    def test_a_peak_in_between_is_neither_cure_nor_rise(self, degradation):
+    def test_a_peak_in_between_is_neither_cure_nor_rise(self):
         def text(kind, *errors):
             return self.of(
-                degradation,
                 *(
-                    made_run(kind, depth, 0, errors=(90.0, error, error, error))
+                    make_run(kind, depth, 0, errors=(90.0, error, error, error))
                     for depth, error in zip((8, 14, 20), errors, strict=True)
                 ),
             )
@@ -515,29 +508,26 @@ class TestConclusion:
             assert "is highest in between (1.0 % at 8, 40.0 % at 14" in said
             assert "no degradation" not in said
         both = self.of(
-            degradation,
             *(
-                made_run(kind, depth, 0, errors=(90.0, error, error, error))
+                make_run(kind, depth, 0, errors=(90.0, error, error, error))
                 for kind, errors in (("plain", (1.0, 30.0, 60.0)), ("residual", (1.0, 9.0, 1.0)))
                 for depth, error in zip((8, 14, 20), errors, strict=True)
             ),
         )
         assert ": the degradation problem." in both
 
-    def test_no_degradation_is_said_too(self, degradation):
+    def test_no_degradation_is_said_too(self):
         text = self.of(
-            degradation,
-            made_run("plain", 18, 0, errors=(50.0, 5.0, 3.2, 3.0)),
-            made_run("plain", 56, 0, errors=(90.0, 5.0, 3.6, 3.5)),
+            make_run("plain", 18, 0, errors=(50.0, 5.0, 3.2, 3.0)),
+            make_run("plain", 56, 0, errors=(90.0, 5.0, 3.6, 3.5)),
         )
         assert "no degradation in these numbers" in text
         assert "Converged" in text
 
-    def test_degradation_that_is_not_cured(self, degradation):
+    def test_degradation_that_is_not_cured(self):
         text = self.of(
-            degradation,
             *(
-                made_run(kind, depth, 0, errors=(90.0, error, error, error))
+                make_run(kind, depth, 0, errors=(90.0, error, error, error))
                 for kind, last in (("plain", 56.5), ("residual", 21.0))
                 for depth, error in ((18, 18.0), (56, last))
             ),
@@ -547,19 +537,17 @@ class TestConclusion:
             "3.0 in residual ones." in text
         )
 
-    def test_any_seed_that_moves_is_not_converged(self, degradation):
+    def test_any_seed_that_moves_is_not_converged(self):
         text = self.of(
-            degradation,
-            made_run("plain", 18, 0, errors=(50.0, 9.0, 9.0, 3.0)),
-            made_run("plain", 18, 1, errors=(50.0, 3.0, 3.0, 3.0)),
+            make_run("plain", 18, 0, errors=(50.0, 9.0, 9.0, 3.0)),
+            make_run("plain", 18, 1, errors=(50.0, 3.0, 3.0, 3.0)),
         )
         assert "Not converged" in text
 
-    def test_means_out_of_order(self, degradation):
+    def test_means_out_of_order(self):
         text = self.of(
-            degradation,
             *(
-                made_run("plain", d, s, errors=(50.0, e, e, e + s))
+                make_run("plain", d, s, errors=(50.0, e, e, e + s))
                 for s in (0, 1)
                 for d, e in ((18, 0.0), (34, 30.0), (56, 20.0))
             ),
@@ -567,28 +555,25 @@ class TestConclusion:
         assert "from 2 seeds" in text
         assert "higher at the greatest depth than at the least, though not in order" in text
 
-    def test_blocks_of_two_types_are_two_curves(self, degradation):
+    def test_blocks_of_two_types_are_two_curves(self):
         text = self.of(
-            degradation,
-            made_run("plain", 18, 0, errors=(50.0, 3.0, 3.0, 3.0)),
-            made_run("plain", 34, 0, errors=(90.0, 9.0, 9.0, 9.0)),
-            made_run("plain", 50, 0, errors=(90.0, 1.0, 1.0, 1.0), block="bottleneck"),
+            make_run("plain", 18, 0, errors=(50.0, 3.0, 3.0, 3.0)),
+            make_run("plain", 34, 0, errors=(90.0, 9.0, 9.0, 9.0)),
+            make_run("plain", 50, 0, errors=(90.0, 1.0, 1.0, 1.0), block="bottleneck"),
         )
         assert "plain networks of basic blocks rises with depth (3.0 % at 18, 9.0 % at 34)" in text
         assert "bottleneck blocks is known at too few depths to compare (1.0 % at 50)" in text
 
-    def test_one_row_is_no_sign_of_convergence(self, degradation):
-        text = self.of(degradation, made_run("plain", 18, 0, errors=(3.0,)))
+    def test_one_row_is_no_sign_of_convergence(self):
+        text = self.of(make_run("plain", 18, 0, errors=(3.0,)))
         assert "Too few epochs to tell" in text
         assert "too few depths" in text
 
 
 @pytest.mark.parametrize(("depth", "scanned"), [(110, False), (112, True)])
-def test_programs_of_very_deep_networks_do_not_grow(degradation, digits, depth, scanned):
-    args = degradation.parse_arguments(["--depths", str(depth)])
-    recipe = degradation.choose_recipe(args)
-    definition = degradation.define_study(args, digits, recipe)
-    planned = degradation.plan_network(args, "residual", depth, definition, digits, recipe, {})
+def test_programs_of_very_deep_networks_do_not_grow(digits, depth, scanned):
+    study = flaxnets.Study([depth], kinds=["residual"], dataset=digits)
+    (planned,) = study.plan().networks
     assert (planned.model.scan_blocks, planned.model.remat) == (scanned, scanned)
     assert planned.cost.parameters == count_parameters(depth)
 
@@ -618,7 +603,7 @@ def test_a_failure_stops_the_other_networks(degradation, data_dir, tmp_path, mon
         heard.append(stop())
         return RunResult("unfinished", [], 0, 0.0, None)
 
-    monkeypatch.setattr(degradation, "train_run", train_run)
+    monkeypatch.setattr(grid, "train_run", train_run)
     arguments = ["--depths", "8", "--epochs", "1", "--workers", "2", "--data-dir", str(data_dir)]
     assert run_command(degradation.main, [*arguments, "--out", str(tmp_path / "out")]) == 1
     assert "no space" in capsys.readouterr().err

@@ -13,8 +13,11 @@ import pytest
 
 import flaxnets
 from flaxnets.errors import DamageWarning
-from flaxnets.studies.study import check_study, read_runs
+from flaxnets.studies.directory import read_study_file
+from flaxnets.studies.results import check_study, read_runs
+from flaxnets.training.config import read_config
 from flaxnets.training.manifest import MANIFEST, write_manifest
+from tests.factories import make_study_config
 
 # Orbax's tasks go on for a moment after an error that has been raised.
 pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
@@ -110,7 +113,8 @@ def test_every_field_of_a_record_may_be_anything(run):
     run = shutil.move(run, study / "plain-8" / "seed-0")
     path = run / "checkpoints" / "22" / "progress" / "metadata"
     progress = json.loads(path.read_text())
-    runs = check_study(study, {}, [])
+    config = read_config(json.loads((run / "checkpoints/22/config/metadata").read_text()))
+    runs = check_study(study, config.study, [])
     assert len(runs) == 1
     for field, new in (
         *((field, "no number") for field in places(progress) if field != ("diverged_step",)),
@@ -123,7 +127,7 @@ def test_every_field_of_a_record_may_be_anything(run):
         path.write_text(json.dumps(changed(progress, field, new)))
         sign(run)
         with pytest.warns(DamageWarning, match="plain-8/seed-0 is left out"):
-            assert check_study(study, {}, []) == []
+            assert check_study(study, config.study, []) == []
 
 
 @pytest.mark.parametrize("content", ["[" * 100_000, "[]", "null", "", "{", '{"a": 1}', "\0"])
@@ -136,7 +140,7 @@ def test_json_that_is_no_record(run, item, content):
             flaxnets.restore(run)
     study = run.parent / "study"
     shutil.copytree(run, study / "plain-8" / "seed-0")
-    answer = attempt(lambda: check_study(study, {}, []))
+    answer = attempt(lambda: check_study(study, make_study_config(), []))
     assert isinstance(answer, str) or not answer
 
 
@@ -159,7 +163,7 @@ def test_a_network_too_deep_to_build_is_refused_at_once(run, field):
     )
     sign(run)
     began = time.perf_counter()
-    with pytest.raises(flaxnets.InputError, match=f"its config has no valid {field[0]}"):
+    with pytest.raises(flaxnets.InputError, match=rf"its config is invalid \(.*{field[0]}"):
         flaxnets.restore(run)
     assert time.perf_counter() - began < 2
 
@@ -180,7 +184,9 @@ def test_a_network_of_another_shape(run):
         answer = attempt(lambda: flaxnets.restore(run))
         if "num_classes" in field or "name" in field:
             assert isinstance(answer, str), (field, new)
-            assert any(text in answer for text in ("cannot be read", "cannot be built", "no valid"))
+            assert any(
+                text in answer for text in ("cannot be read", "cannot be built", "is invalid")
+            )
 
 
 def test_links_lead_nowhere(run, tmp_path):
@@ -239,7 +245,8 @@ def test_fuzzed_studies(study, tmp_path):
     """config.json (of runs with and without a checkpoint), progress and study.json."""
     out = shutil.copytree(study.out, tmp_path / "out")
     shutil.rmtree(out / "residual-8" / "seed-0" / "checkpoints")
-    definition = json.loads((out / "study.json").read_text())["study"]
+    stored = read_study_file(out)
+    assert stored is not None
     plain = out / "plain-8" / "seed-0" / "checkpoints" / "22"
     files = [*out.glob("*.json"), *out.rglob("config.json")]
     files += [plain / "progress" / "metadata", plain / "config" / "metadata"]
@@ -250,7 +257,7 @@ def test_fuzzed_studies(study, tmp_path):
         path.write_bytes(mutate(before, random_))
         (plain / MANIFEST).unlink()
         write_manifest(plain)
-        attempt(lambda: check_study(out, definition, []))
+        attempt(lambda: check_study(out, stored.study, []))
         path.write_bytes(before)
 
 

@@ -8,13 +8,14 @@ import pytest
 import flaxnets
 
 ROOT = Path(flaxnets.__file__).parent
-# From top to bottom: each package may import those below it, and all import the modules at the end.
-ORDER = ("cli", "diagnostics", "reporting", "studies", "training", "models", "data", "")
+# From top to bottom: each may import those below it, and all may import the other modules ("").
+ORDER = ("study", "cli", "diagnostics", "reporting", "studies", "training", "models", "data", "")
 FILES = sorted(path for path in ROOT.rglob("*.py") if path != ROOT / "__init__.py")
 
 
 def package_of(path):
-    return path.relative_to(ROOT).parts[0] if path.parent != ROOT else ""
+    first = path.relative_to(ROOT).parts[0].removesuffix(".py")
+    return first if first in ORDER else ""
 
 
 def imported_packages(path):
@@ -26,7 +27,7 @@ def imported_packages(path):
             root, _, rest = name.partition(".")
             if root == "flaxnets":
                 first = rest.split(".")[0]
-                yield first if (ROOT / first).is_dir() else ""
+                yield first if first in ORDER else ""
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(ROOT)))
@@ -37,4 +38,5 @@ def test_imports_run_one_way(path):
 
 
 def test_every_package_has_its_place():
-    assert {package_of(path) for path in FILES} == set(ORDER)
+    packages = {path.name for path in ROOT.iterdir() if (path / "__init__.py").exists()}
+    assert packages <= set(ORDER)

@@ -20,7 +20,6 @@ from selenium.webdriver.chrome.service import Service
 from selenium.webdriver.common.by import By
 
 from flaxnets.cli.main import run_command
-from flaxnets.data import load_dataset
 from flaxnets.errors import DamageWarning
 from flaxnets.reporting.conclusion import conclude
 from flaxnets.reporting.html_report import (
@@ -30,7 +29,7 @@ from flaxnets.reporting.html_report import (
     read_environments,
 )
 from flaxnets.reporting.reproduce import reproduce
-from flaxnets.studies.study import Run, group_runs
+from flaxnets.studies.results import Run, group_runs
 from flaxnets.training.loop import METRICS, RunResult
 from tests.conftest import load_script
 from tests.test_hostile import HOSTILE, changed, places
@@ -532,17 +531,8 @@ def test_depths_are_compared_seed_by_seed():
 
 def configs_of(degradation, arguments, data_dir):
     """What the study of these arguments would store, without training it."""
-    args = degradation.parse_arguments([*arguments, "--data-dir", str(data_dir)])
-    recipe = degradation.choose_recipe(args)
-    dataset = load_dataset(args.dataset, data_dir, args.train_examples).resized(recipe.image_size)
-    definition = degradation.define_study(args, dataset, recipe)
-    builders = {kind: degradation.import_builder(kind) for kind in args.kinds if ":" in kind}
-    plan = [
-        degradation.plan_network(args, kind, depth, definition, dataset, recipe, builders)
-        for kind in args.kinds
-        for depth in args.depths
-    ]
-    return json.loads(json.dumps([config for planned in plan for config in planned.configs]))
+    options = degradation.parse_arguments([*arguments, "--data-dir", str(data_dir)])
+    return options.study.plan().configs
 
 
 @pytest.mark.parametrize(

@@ -54,7 +54,7 @@ def test_a_fresh_process_gives_the_tables_test_error(study, digits, tmp_path):
 
 def test_what_is_restored(study):
     run = flaxnets.restore(study.out / "plain-8" / "seed-0")
-    assert run.config["recipe"]["name"] == "digits"
+    assert run.config.recipe.name == "digits"
     assert run.model == flaxnets.create_model("cifar_plain8", num_classes=10)
     assert run.preprocess.image_shape == (8, 8, 1)
     assert run.step == 22

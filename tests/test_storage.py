@@ -11,9 +11,10 @@ from pathlib import Path
 import pytest
 
 from flaxnets.cli.main import run_command
+from flaxnets.cli.progress import RunProgress
 from flaxnets.errors import StorageError
 from flaxnets.files import write_atomic
-from flaxnets.studies.study import read_runs
+from flaxnets.studies.results import read_runs
 from tests.studies import COMMAND, finish
 
 # Orbax's tasks go on for a moment after an error that has been raised.
@@ -106,7 +107,7 @@ write_atomic(Path({str(place / "file")!r}), "content")
 @pytest.mark.parametrize("what", ["plain-8/seed-0/checkpoints", "plain-8", "."])
 def test_a_directory_that_vanishes(study, command, degradation, tmp_path, monkeypatch, what):
     out = tmp_path / "out"
-    at_step(degradation, monkeypatch, 8, lambda: (out / what).rename(tmp_path / "elsewhere"))
+    at_step(monkeypatch, 8, lambda: (out / what).rename(tmp_path / "elsewhere"))
     status, err = command(out)
     monkeypatch.undo()
     assert status == 1
@@ -118,9 +119,9 @@ def test_a_directory_that_vanishes(study, command, degradation, tmp_path, monkey
     assert numbers(out) == numbers(study.out)
 
 
-def at_step(degradation, monkeypatch, step, happens):
+def at_step(monkeypatch, step, happens):
     """Let something happen to the disk at a step of the first run."""
-    update, happened = degradation.RunProgress.update, []
+    update, happened = RunProgress.update, []
 
     def watch(self, progress, force=False):
         if progress.step == step and not happened:
@@ -128,7 +129,7 @@ def at_step(degradation, monkeypatch, step, happens):
             happens()
         update(self, progress, force)
 
-    monkeypatch.setattr(degradation.RunProgress, "update", watch)
+    monkeypatch.setattr(RunProgress, "update", watch)
 
 
 def test_what_was_there_stays(tmp_path, monkeypatch):

@@ -4,6 +4,7 @@ import io
 import json
 import math
 import os
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -12,54 +13,30 @@ from matplotlib.colors import to_rgb
 from rich.console import Console
 
 from flaxnets import InputError
+from flaxnets.decoding import decode
 from flaxnets.errors import DamageWarning
 from flaxnets.reporting import figures
-from flaxnets.reporting.figures import draw_errors, draw_run
+from flaxnets.reporting.figures import draw_errors, draw_run, write_png_and_svg
 from flaxnets.reporting.tables import results_table
-from flaxnets.studies.directory import check_output_dir, write_study
-from flaxnets.studies.study import (
+from flaxnets.studies.directory import check_output_dir, read_study_file, write_study
+from flaxnets.studies.results import (
     SUMMARY,
-    Run,
     check_study,
     group_runs,
     open_study,
     read_runs,
     write_summary,
 )
+from flaxnets.training import RECIPES, StudyConfig
 from flaxnets.training.environment import record_environment
-from flaxnets.training.loop import METRICS, RunResult
+from tests.factories import make_run, make_study_config
 
-
-def made_run(kind, depth, seed, status="finished", errors=(80.0, 40.0, 20.0, 19.5), block="basic"):
-    rows = [
-        {
-            **dict.fromkeys(METRICS, 0.5),
-            "epoch": i + 1,
-            "step": 10 * (i + 1),
-            "train_error": error,
-            "test_error": error + 5,
-        }
-        for i, error in enumerate(errors)
-    ]
-    config = {
-        "kind": kind,
-        "depth": depth,
-        "seed": seed,
-        "parameters": 75_290,
-        "blocks": [1, 1, 1],
-        "block": block,
-        "model": {"name": f"cifar_{kind}{depth}"},
-    }
-    diverged_step = 17 if status == "diverged" else None
-    return Run(config, RunResult(status, rows, 10 * len(rows), 12.5, diverged_step))
-
-
-DEFINITION = {"family": "cifar", "recipe": {"epochs": 20}}
+DEFINITION = make_study_config()
 
 
 def test_summary_has_a_row_a_run(tmp_path):
-    runs = [made_run("plain", 8, 0), made_run("plain", 8, 1, "diverged")]
-    runs.append(made_run("residual", 8, 0, "unfinished"))
+    runs = [make_run("plain", 8, 0), make_run("plain", 8, 1, "diverged")]
+    runs.append(make_run("residual", 8, 0, "unfinished"))
     write_summary(tmp_path, runs)
     with (tmp_path / "summary.csv").open() as file:
         rows = list(csv.DictReader(file))
@@ -72,9 +49,9 @@ def test_summary_has_a_row_a_run(tmp_path):
 
 def test_means_are_over_finished_runs_and_say_so():
     runs = [
-        made_run("plain", 8, 0, errors=(30.0, 10.0)),
-        made_run("plain", 8, 1, errors=(30.0, 14.0)),
-        made_run("plain", 8, 2, "diverged", errors=(90.0,)),
+        make_run("plain", 8, 0, errors=(30.0, 10.0)),
+        make_run("plain", 8, 1, errors=(30.0, 14.0)),
+        make_run("plain", 8, 2, "diverged", errors=(90.0,)),
     ]
     (network,) = group_runs(runs)
     assert network.mean("train_error") == 12
@@ -86,7 +63,7 @@ def test_means_are_over_finished_runs_and_say_so():
 
 
 def test_the_table_fits_80_columns():
-    runs = [made_run("resnet", 1202, s, "diverged" if s == 2 else "finished") for s in range(3)]
+    runs = [make_run("residual", 1202, s, "diverged" if s == 2 else "finished") for s in range(3)]
     console = Console(width=80, file=io.StringIO())
     console.print(results_table(group_runs(runs)))
     printed = console.file.getvalue()
@@ -96,10 +73,10 @@ def test_the_table_fits_80_columns():
 
 
 def test_the_figure_takes_whatever_there_is(tmp_path):
-    runs = [made_run("plain", 8, seed) for seed in range(3)]
-    runs += [made_run("plain", 20, 0, "diverged", (90.0, 100.0)), made_run("mine:build", 8, 0)]
-    runs += [made_run("residual", 8, 0, "unfinished", ())]
-    draw_errors(group_runs(runs), tmp_path / "figure.png", "title")
+    runs = [make_run("plain", 8, seed) for seed in range(3)]
+    runs += [make_run("plain", 20, 0, "diverged", (90.0, 100.0)), make_run("mine:build", 8, 0)]
+    runs += [make_run("residual", 8, 0, "unfinished", ())]
+    write_png_and_svg(draw_errors(group_runs(runs)), tmp_path / "figure.png", "title")
     assert (tmp_path / "figure.png").read_bytes().startswith(b"\x89PNG")
 
 
@@ -114,15 +91,15 @@ def test_training_error_stands_out_and_small_errors_can_be_read(tmp_path, monkey
 
     monkeypatch.setattr(figures, "write_figure", keep)
     runs = [
-        made_run(kind, depth, seed, "finished", (90.0, last))
+        make_run(kind, depth, seed, "finished", (90.0, last))
         for kind, last in (("plain", 50.0), ("residual", 0.0))
         for depth in (8, 14)
         for seed in (0, 1)
     ]
     networks = group_runs(runs)
-    draw_errors(networks, tmp_path / "figure.png", "title")
+    write_png_and_svg(draw_errors(networks), tmp_path / "figure.png", "title")
     first = (tmp_path / "figure.svg").read_bytes()
-    draw_errors(networks, tmp_path / "figure.png", "title")
+    write_png_and_svg(draw_errors(networks), tmp_path / "figure.png", "title")
     assert (tmp_path / "figure.svg").read_bytes() == first
     figure, _ = drawn[0]
     assert [name for _, name in drawn[:2]] == ["figure.png", "figure.svg"]
@@ -152,7 +129,7 @@ def test_a_study_is_its_definition(tmp_path):
     out = tmp_path / "new" / "study"
     with open_study(out, DEFINITION):
         stored = json.loads((out / "study.json").read_text())
-    assert stored["study"] == DEFINITION
+    assert decode(StudyConfig, stored["study"], "it") == DEFINITION
     assert stored["environments"] == []  # nothing has been trained
     for _ in range(2):
         write_study(out, DEFINITION, [record_environment()])
@@ -161,7 +138,8 @@ def test_a_study_is_its_definition(tmp_path):
     assert {"cpu_cores", "x64", "convolutions"} <= set(environment)
     with open_study(out, DEFINITION):
         pass
-    changed = {"family": "imagenet", "recipe": {"epochs": 5}}
+    recipe = replace(RECIPES["digits"], epochs=5)
+    changed = replace(DEFINITION, family="imagenet", recipe=recipe)
     message = 'family is "cifar" there and "imagenet" here; recipe.epochs is 20 there and 5 here'
     with pytest.raises(InputError, match=message) as raised:
         check_study(out, changed, [])
@@ -178,7 +156,9 @@ def test_a_file_that_may_not_be_ours_is_set_aside(tmp_path, content):
     ):
         pass
     assert (tmp_path / "study.json.damaged").read_text() == content
-    assert json.loads((tmp_path / "study.json").read_text())["study"] == DEFINITION
+    stored = read_study_file(tmp_path)
+    assert stored is not None
+    assert stored.study == DEFINITION
 
 
 def test_free_names_are_free(tmp_path):
@@ -228,13 +208,14 @@ def test_runs_are_read_back(study):
     names = [(run.kind, run.depth, run.seed) for run in runs]
     assert names == [("plain", 8, 0), ("residual", 8, 0)]
     assert {run.result.status for run in runs} == {"finished"}
-    assert {run.config["parameters"] for run in runs} == {75_002}
+    assert {run.config.parameters for run in runs} == {75_002}
 
 
 def test_dollars_and_underscores_in_names_are_no_formulas(tmp_path):
     kind = "my$x^{$:build"
-    networks = group_runs([made_run(kind, 8, 0), made_run("plain", 8, 0)])
-    draw_errors(networks, tmp_path / "figure.png", "$x^{$" + 40 * " \x1b long")
+    networks = group_runs([make_run(kind, 8, 0), make_run("plain", 8, 0)])
+    title = "$x^{$" + 40 * " \x1b long"
+    write_png_and_svg(draw_errors(networks), tmp_path / "figure.png", title)
     draw_run(networks[0].runs[0].result.rows, tmp_path / "errors.png", "$x^{$")
     for name in ("figure.png", "errors.png"):
         assert (tmp_path / name).read_bytes().startswith(b"\x89PNG")

@@ -110,16 +110,16 @@ def check_choice(flag: str, value: str, choices: tuple[str, ...], more: str = ""
         )
 
 
-def check_batch_size(batch_size: int, num_train: int) -> None:
-    """Raise an `InputError` if `--batch-size` does not suit the training images or devices."""
+def check_batch_size(batch_size: int, num_train: int, name: str = "--batch-size") -> None:
+    """Raise an `InputError` if the batch size does not suit the training images or devices."""
     devices = jax.device_count()
     if batch_size > num_train:
         raise InputError(
-            f"--batch-size {batch_size} is more than the {num_train} training images; "
+            f"{name} {batch_size} is more than the {num_train} training images; "
             f"give at most {num_train}"
         )
     if batch_size % devices:
         raise InputError(
-            f"--batch-size {batch_size} is not divisible by the {devices} devices; "
+            f"{name} {batch_size} is not divisible by the {devices} devices; "
             f"give a multiple of {devices}"
         )

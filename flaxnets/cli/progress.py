@@ -41,15 +41,24 @@ class StudyProgress:
     """Live progress of a study: two lines per run on a terminal, occasional lines elsewhere.
 
     `finished` counts the runs that were already done. `work` is the total cost of the `unfinished`
-    ones, in any unit, from which the time left is estimated.
+    ones, in any unit, from which the time left is estimated. Runs with steps that are not saved yet
+    are in the set `unsaved`.
     """
 
     SECONDS_BETWEEN_LINES = 10
     # Training time before the study's time left is estimated.
     SECONDS_OF_EVIDENCE = 5
 
-    def __init__(self, console: Console, finished: int, unfinished: int, work: float) -> None:
+    def __init__(
+        self,
+        console: Console,
+        finished: int,
+        unfinished: int,
+        work: float,
+        unsaved: set[Any] | None = None,
+    ) -> None:
         self.console = console
+        self.unsaved = set() if unsaved is None else unsaved
         self.total, self._begun = finished + unfinished, finished
         self._work, self._work_done = work, 0.0
         self._runs: list[RunProgress] = []
@@ -85,6 +94,7 @@ class StudyProgress:
             self._runs.remove(run)
             self._work_done += run.work
             self.console.print(summary, soft_wrap=True)
+        self.unsaved.discard(run)
 
     def draw(self) -> None:
         """Draw the lines of all runs, and the bar of the study."""
@@ -154,6 +164,9 @@ class RunProgress:
 
     def update(self, progress: Progress, force: bool = False) -> None:
         """Record `progress`, and redraw or print it when due."""
+        if progress.step:
+            # Until its first step a run compiles and has nothing to save.
+            self._study.unsaved.add(self)
         with self._study.lock:
             now = time.perf_counter()
             begins = self._first_step is None and progress.step > 0

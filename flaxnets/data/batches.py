@@ -9,6 +9,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from flaxnets.decoding import Count, Finite, Positive
+from flaxnets.errors import InputError
+
 # Channel statistics of ImageNet's training images, on a scale of 0 to 1, as in torchvision.
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 # Principal components of the colours of ImageNet's training images, on a scale of 0 to 255: their
@@ -152,10 +155,14 @@ class Preprocess:
       size: height and width that images are resized to (bilinear), or None to keep their size.
     """
 
-    image_shape: tuple[int, int, int]
-    mean: tuple[float, ...]
-    std: tuple[float, ...]
-    size: int | None = None
+    image_shape: tuple[Count, Count, Count]
+    mean: tuple[Finite, ...]
+    std: tuple[Finite, ...]
+    size: Positive | None = None
+
+    def __post_init__(self) -> None:
+        if {len(self.mean), len(self.std)} != {self.image_shape[2]}:
+            raise InputError("mean and std need one number for each channel")
 
     @property
     def input_shape(self) -> tuple[int, int, int]:

@@ -16,7 +16,7 @@ from flaxnets.errors import InputError
 from flaxnets.files import write_atomic
 from flaxnets.models.resnet import ResNet
 from flaxnets.studies.restore import Restored
-from flaxnets.studies.study import Run
+from flaxnets.studies.results import Run
 from flaxnets.training import Progress
 
 LARGEST_FILE = 50_000_000  # bytes

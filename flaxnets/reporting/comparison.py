@@ -6,7 +6,7 @@ from itertools import pairwise
 import numpy as np
 from scipy import stats
 
-from flaxnets.studies.study import Network
+from flaxnets.studies.results import Network
 
 ENOUGH_SEEDS = 5  # fewest seeds for an interval
 

@@ -3,7 +3,7 @@
 import math
 from collections.abc import Sequence
 
-from flaxnets.studies.study import Network, Run, curves
+from flaxnets.studies.results import Network, Run, curves
 
 
 def conclude(networks: Sequence[Network], updates: int | None) -> str:

@@ -25,7 +25,7 @@ from matplotlib.ticker import FixedLocator, FuncFormatter, MaxNLocator, NullLoca
 
 from flaxnets.files import write_atomic
 from flaxnets.reporting.tables import blocks, network_name
-from flaxnets.studies.study import Network, Run
+from flaxnets.studies.results import Network, Run
 from flaxnets.text import millions, shorten
 
 # After Okabe and Ito (2008), without faint colours. Each has a contrast of 3:1 or more on white,
@@ -54,6 +54,22 @@ def write_png_and_svg(figure: Figure, path: Path, title: str) -> None:
 def write_figure(figure: Figure, path: Path, title: str, **place: Any) -> None:
     """Write a figure with a title atomically; the suffix of `path` gives the format.
 
+    `place` holds further arguments of `Figure.suptitle`.
+    """
+    set_title(figure, title, **place)
+    picture = io.BytesIO()
+    form = path.suffix.lstrip(".")
+    metadata = {"Date": None} if form == "svg" else None  # a date would change the bytes
+    with warnings.catch_warnings(), rc_context({"svg.hashsalt": "flaxnets"}):
+        # Characters missing from the font are drawn as boxes.
+        warnings.filterwarnings("ignore", "Glyph .* missing from", UserWarning)
+        figure.savefig(picture, dpi=160, format=form, metadata=metadata)
+    write_atomic(path, picture.getvalue())
+
+
+def set_title(figure: Figure, title: str, **place: Any) -> None:
+    """Give a finished figure a title.
+
     Titles, labels and legends may contain names of paths, kinds or classes, so dollar signs in them
     do not start formulas. `place` holds further arguments of `Figure.suptitle`.
     """
@@ -67,22 +83,14 @@ def write_figure(figure: Figure, path: Path, title: str, **place: Any) -> None:
         texts += cast(Legend, legend).get_texts()
     for text in texts:
         text.set_parse_math(False)
-    picture = io.BytesIO()
-    form = path.suffix.lstrip(".")
-    metadata = {"Date": None} if form == "svg" else None  # a date would change the bytes
-    with warnings.catch_warnings(), rc_context({"svg.hashsalt": "flaxnets"}):
-        # Characters missing from the font are drawn as boxes.
-        warnings.filterwarnings("ignore", "Glyph .* missing from", UserWarning)
-        figure.savefig(picture, dpi=160, format=form, metadata=metadata)
-    write_atomic(path, picture.getvalue())
 
 
-def draw_errors(networks: Sequence[Network], path: Path, title: str) -> None:
+def draw_errors(networks: Sequence[Network]) -> Figure:
     """Draw a panel per kind, a colour per depth: training error solid and bold, test error dashed.
 
     All panels share one scale, linear up to 1 % and logarithmic above, so that small errors can be
     read. With several seeds, a line is the mean over the seeds that got that far, and a band spans
-    their lowest and highest values. Written to `path`, a PNG, and as an SVG next to it.
+    their lowest and highest values.
     """
     kinds = list(dict.fromkeys(network.kind for network in networks))
     colours = colour_depths(network.depth for network in networks)
@@ -107,7 +115,7 @@ def draw_errors(networks: Sequence[Network], path: Path, title: str) -> None:
     names = _name_networks(networks, colours)
     figure.legend(handles=names, frameon=False, loc="outside lower left")
     figure.legend(handles=lines, frameon=False, loc="outside lower right")
-    write_png_and_svg(figure, path, title)
+    return figure
 
 
 def style_axes(ax: Axes) -> None:
@@ -146,7 +154,7 @@ def _name_networks(networks: Sequence[Network], colours: Mapping[int, str]) -> l
     names: dict[tuple[int, str], list[str]] = {}
     for network in networks:
         config = network.runs[0].config
-        size = f"{blocks(config)} blocks, {millions(config['parameters'])}"
+        size = f"{blocks(config)} blocks, {millions(config.parameters)}"
         names.setdefault((network.depth, size), []).append(network_name(config))
     return [
         Line2D(

@@ -23,7 +23,7 @@ from flaxnets.reporting.conclusion import conclude
 from flaxnets.reporting.figures import COLOURS
 from flaxnets.reporting.reproduce import DEFINITION, plain, reproduce
 from flaxnets.reporting.tables import blocks, network_name
-from flaxnets.studies.study import Network, Run, curves, group_runs
+from flaxnets.studies.results import Network, Run, curves, group_runs
 from flaxnets.text import duration
 
 LARGEST_FILE = 50_000_000  # bytes

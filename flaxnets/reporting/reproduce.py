@@ -10,8 +10,8 @@ from collections.abc import Iterable, Sequence
 from dataclasses import asdict
 from typing import Any
 
-from flaxnets.studies.config import DATASET_NAME
 from flaxnets.training import RECIPES
+from flaxnets.training.config import DATASET_NAME
 
 # Fields that all runs of a study share; see `experiments/degradation.py`.
 DEFINITION = ("family", "shortcut", "stem", "precision", "dataset", "augmentation", "recipe")

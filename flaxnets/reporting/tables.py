@@ -2,24 +2,42 @@
 
 import math
 from collections.abc import Iterable, Sequence
-from typing import Any
 
 from rich import box
 from rich.table import Table
 
 from flaxnets.reporting.comparison import compare_depths, describe_differences
-from flaxnets.studies.study import Network
+from flaxnets.studies.grid import Plan
+from flaxnets.studies.results import Network
 from flaxnets.text import duration, millions
+from flaxnets.training import RunConfig
 
 
-def network_name(config: dict[str, Any]) -> str:
+def network_name(config: RunConfig) -> str:
     """Return `cifar_resnet18`, or `my_nets:build 18` for a custom network."""
-    return config["model"].get("name") or f"{config['kind']} {config['depth']}"
+    return config.model.name or f"{config.kind} {config.depth}"
 
 
-def blocks(config: dict[str, Any]) -> str:
+def blocks(config: RunConfig) -> str:
     """Return the number of blocks in each stage, such as `3-3-2`."""
-    return "-".join(map(str, config["blocks"])) or "-"
+    return "-".join(map(str, config.blocks)) or "-"
+
+
+def plan_table(plan: Plan) -> Table:
+    """Make a table of the networks that a study trains."""
+    table = Table("kind", "network", "blocks", "parameters", "multiply-adds", "seeds", "steps")
+    for planned in plan.networks:
+        config = planned.configs[0]
+        table.add_row(
+            planned.kind,
+            network_name(config),
+            blocks(config),
+            millions(planned.cost.parameters),
+            millions(planned.cost.multiply_adds),
+            ",".join(str(config.seed) for config in planned.configs),
+            f"{plan.total_steps:,}",
+        )
+    return table
 
 
 def results_table(networks: Sequence[Network]) -> Table:
@@ -36,7 +54,7 @@ def results_table(networks: Sequence[Network]) -> Table:
     for network in networks:
         config = network.runs[0].config
         table.add_row(
-            f"{network_name(config)}\n  {blocks(config)}, {millions(config['parameters'])}",
+            f"{network_name(config)}\n  {blocks(config)}, {millions(config.parameters)}",
             _mean_and_spread(network, "train_error", 2),
             _mean_and_spread(network, "test_error", 2),
             _mean_and_spread(network, "train_loss", 3),

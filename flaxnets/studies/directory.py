@@ -6,25 +6,23 @@ import os
 import socket
 import stat
 import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 import jax
 
+from flaxnets.decoding import decode, encode
 from flaxnets.errors import DamageWarning, InputError
 from flaxnets.files import set_aside, storage_errors, write_atomic
 from flaxnets.parallel import gather_texts, is_primary, raise_on_all_processes
-from flaxnets.studies.config import check_config
-from flaxnets.training.checkpoints import Checkpoints, comparable
+from flaxnets.training.checkpoints import Checkpoints
+from flaxnets.training.config import RunConfig, StudyConfig, comparable, read_config
+from flaxnets.training.environment import Environment
 
 RUN_FILES: tuple[str, ...] = ("config.json", "checkpoints")
-
-
-def run_key(config: dict[str, Any]) -> tuple[str, int, int]:
-    """Return kind, depth and seed of a run's config."""
-    return config["kind"], config["depth"], config["seed"]
 
 
 def run_directory(out: Path, kind: str, depth: int, seed: int) -> Path:
@@ -69,7 +67,7 @@ def check_output_dir(out: Path, what: Literal["study", "run"] = "study") -> None
         raise InputError(f"--out {out}: {error.strerror}; give another directory") from error
 
 
-def check_run(out: Path, config: dict[str, Any]) -> None:
+def check_run(out: Path, config: RunConfig) -> None:
     """Check that `out` holds no run but that of `config`, without writing anything.
 
     Raises:
@@ -86,13 +84,13 @@ def check_run(out: Path, config: dict[str, Any]) -> None:
             )
 
 
-def check_processes_agree(work: dict[str, Any]) -> None:
+def check_processes_agree(work: Mapping[str, object]) -> None:
     """Check that all processes of a study were given the same `work`.
 
     Raises:
       InputError: in all processes; the message lists the differences.
     """
-    first, *others = map(json.loads, gather_texts(json.dumps(work)))
+    first, *others = map(json.loads, gather_texts(json.dumps(encode(work))))
     for number, other in enumerate(others, 1):
         if differences := list_differences(first, other):
             raise InputError(
@@ -101,26 +99,42 @@ def check_processes_agree(work: dict[str, Any]) -> None:
             )
 
 
-def read_json(path: Path) -> dict[str, Any] | None:
-    """Read a JSON object; None if there is no file or, with a warning, if it is damaged."""
+def read_json(path: Path) -> object:
+    """Read JSON; None if there is no file.
+
+    Raises:
+      InputError: the file is damaged.
+    """
     try:
         # A link could lead elsewhere, and reading a pipe could block forever.
-        regular = stat.S_ISREG(path.lstat().st_mode)
-        value = json.loads(path.read_text(encoding="utf-8")) if regular else None
+        if not stat.S_ISREG(path.lstat().st_mode):
+            raise ValueError("it is no regular file")
+        return json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         return None
-    except (ValueError, RecursionError, OSError):
-        value = None
-    if not isinstance(value, dict):
-        warnings.warn(
-            f"{path} is damaged; the checkpoints are used instead", DamageWarning, stacklevel=3
-        )
+    except (ValueError, RecursionError, OSError) as error:
+        raise InputError(f"{path} is damaged") from error
+
+
+@dataclass(frozen=True)
+class StudyFile:
+    """Content of `study.json`: the definition of the study, and where its runs were trained."""
+
+    study: StudyConfig
+    environments: list[Environment]
+
+
+def read_study_file(out: Path, warn: bool = True) -> StudyFile | None:
+    """Read `study.json`; None if there is none or, with a warning, if it is damaged or foreign."""
+    path = out / "study.json"
+    try:
+        value = read_json(path)
+        return None if value is None else decode(StudyFile, value, f"{path} is damaged: it")
+    except InputError as error:
+        if warn:
+            message = f"{error}; the checkpoints are used instead"
+            warnings.warn(message, DamageWarning, stacklevel=3)
         return None
-    return value
-
-
-def read_study_file(out: Path) -> dict[str, Any]:
-    return read_json(out / "study.json") or {}
 
 
 def list_differences(before: Any, now: Any, name: str = "") -> list[str]:
@@ -149,15 +163,13 @@ def suggest_free_name(out: Path) -> Path:
     return out.with_name(f"{out.name}-{number}")
 
 
-def write_study(
-    out: Path, definition: dict[str, Any], environments: Iterable[dict[str, Any]]
-) -> None:
+def write_study(out: Path, study: StudyConfig, environments: Iterable[Environment]) -> None:
     """Write `study.json` in the primary process, adding `environments` to those it lists."""
     if is_primary():
-        stored = read_study_file(out).get("environments")
-        known = [*(stored if isinstance(stored, list) else []), *environments]
+        stored = read_study_file(out)
+        known = [*(stored.environments if stored is not None else []), *environments]
         known = [each for i, each in enumerate(known) if each not in known[:i]]
-        text = json.dumps({"study": definition, "environments": known}, indent=2)
+        text = json.dumps(encode(StudyFile(study, known)), indent=2)
         write_atomic(out / "study.json", text + "\n")
 
 
@@ -214,27 +226,27 @@ def set_foreign_aside(path: Path) -> None:
         warnings.warn(f"{path} is set aside as {aside}", DamageWarning, stacklevel=3)
 
 
-def begin_run(directory: Path, config: dict[str, Any]) -> None:
+def begin_run(directory: Path, config: RunConfig) -> None:
     """Write the `config.json` of a run to be trained, in the primary process.
 
     Without checkpoints, an existing file that is not a run's config is set aside.
     """
     if is_primary() and not any(directory.glob("checkpoints/*")):
         try:
-            check_config(read_json(directory / "config.json"))
+            read_config(read_json(directory / "config.json"))
         except InputError:
             set_foreign_aside(directory / "config.json")
     write_config(directory, config)
 
 
-def write_config(directory: Path, config: dict[str, Any]) -> None:
+def write_config(directory: Path, config: RunConfig) -> None:
     """Write a run's `config.json`, in the primary process."""
     if is_primary():
         with storage_errors(directory, 0):
             # Do not recreate the study's directory: if it is gone, so are its files.
             directory.parent.mkdir(exist_ok=True)
             directory.mkdir(exist_ok=True)
-        write_atomic(directory / "config.json", json.dumps(config, indent=2) + "\n")
+        write_atomic(directory / "config.json", json.dumps(encode(config), indent=2) + "\n")
 
 
 def find_runs(out: Path) -> list[Path]:

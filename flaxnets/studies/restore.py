@@ -14,9 +14,9 @@ from flaxnets.errors import InputError
 from flaxnets.models import create_model
 from flaxnets.models.stacking import unscanned
 from flaxnets.parallel import data_mesh, replicated
-from flaxnets.studies.config import DTYPES, check_config
 from flaxnets.training.checkpoints import Checkpoints, read_newest
-from flaxnets.training.loop import find_mismatch, read_rows
+from flaxnets.training.config import DTYPES, RunConfig
+from flaxnets.training.loop import find_mismatch
 
 RUNS_NAMED = 10  # most runs listed in an error message
 Build = Callable[[int, int, Any], nn.Module]
@@ -37,34 +37,34 @@ class Restored:
 
     model: nn.Module
     variables: dict[str, Any]
-    config: dict[str, Any]
+    config: RunConfig
     step: int
     class_names: tuple[str, ...]
     preprocess: Preprocess
 
     def __repr__(self) -> str:
         # Leave out `variables`, whose arrays would flood a notebook.
-        kind, depth = self.config["kind"], self.config["depth"]
-        network = kind if kind == self.config["model"].get("name") else f"{kind}-{depth}"
+        config = self.config
+        in_study = config.kind != config.model.name
+        network = f"{config.kind}-{config.depth}" if in_study else config.kind
         return (
-            f"Restored({network} of seed {self.config['seed']}, "
-            f"step {self.step}, {self.config['parameters']:,} parameters, "
+            f"Restored({network} of seed {config.seed}, "
+            f"step {self.step}, {config.parameters:,} parameters, "
             f"{len(self.class_names)} classes)"
         )
 
 
-def build_model(config: dict[str, Any], build: Build | None = None) -> nn.Module:
+def build_model(config: RunConfig, build: Build | None = None) -> nn.Module:
     """Build the network that a run's config describes; `build` makes a custom one."""
-    dtype = DTYPES[config["precision"]]
-    model = config["model"]
-    if "build" in model:
-        if build is None:
-            raise InputError(
-                f"this run's network was built by {model['build']}; "
-                "pass that function: restore(path, build=...)"
-            )
-        return build(config["depth"], model["num_classes"], dtype)
-    return create_model(model["name"], model["num_classes"], dtype=dtype, **model["overrides"])
+    dtype, model = DTYPES[config.precision], config.model
+    if model.name is not None:
+        return create_model(model.name, model.num_classes, dtype=dtype, **model.overrides)
+    if build is None:
+        raise InputError(
+            f"this run's network was built by {model.build}; "
+            "pass that function: restore(path, build=...)"
+        )
+    return build(config.depth, model.num_classes, dtype)
 
 
 def restore(
@@ -106,7 +106,7 @@ def _check_best(path: Path, best: Checkpoints) -> None:
     def read(latest: Checkpoints) -> str | None:
         if latest.step is None:
             return None
-        return find_mismatch(best, latest.read_config(), read_rows(latest))
+        return find_mismatch(best, latest.read_config(), latest.read_result().rows)
 
     if reason := read_newest(path, read):
         raise InputError(f"{best.directory} does not belong to this run: {reason}; move it away")
@@ -114,9 +114,7 @@ def _check_best(path: Path, best: Checkpoints) -> None:
 
 def _restore(checkpoints: Checkpoints, build: Build | None) -> Restored:
     config = checkpoints.read_config()
-    check_config(config)
-    preprocess = preprocess_of(config)
-    images = jax.ShapeDtypeStruct((1, *preprocess.input_shape), jnp.float32)
+    images = jax.ShapeDtypeStruct((1, *config.preprocess.input_shape), jnp.float32)
     sharding = replicated(data_mesh())
     try:
         model = unscanned(build_model(config, build))
@@ -139,19 +137,8 @@ def _restore(checkpoints: Checkpoints, build: Build | None) -> Restored:
         variables=variables,
         config=config,
         step=checkpoints.step,
-        class_names=tuple(config["class_names"]),
-        preprocess=preprocess,
-    )
-
-
-def preprocess_of(config: dict[str, Any]) -> Preprocess:
-    """Return the preprocessing of images that a run's config describes."""
-    stored = config["preprocess"]
-    return Preprocess(
-        image_shape=tuple(stored["image_shape"]),
-        mean=tuple(stored["mean"]),
-        std=tuple(stored["std"]),
-        size=stored["size"],
+        class_names=config.class_names,
+        preprocess=config.preprocess,
     )
 
 
@@ -186,8 +173,6 @@ def _has_measured_validation(checkpoints: Checkpoints) -> bool | None:
     """Return whether the run has measured a validation error, or None if it has no validation."""
     if checkpoints.step is None:
         return False
-    if any("validation_error" in row for row in read_rows(checkpoints)):
+    if "validation_error" in checkpoints.read_result().columns:
         return True
-    dataset = checkpoints.read_config().get("dataset")
-    held_out = dataset.get("validation_examples") if isinstance(dataset, dict) else None
-    return False if held_out else None
+    return False if checkpoints.read_config().dataset.validation_examples else None

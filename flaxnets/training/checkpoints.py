@@ -14,7 +14,7 @@ import shutil
 import threading
 import time
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
@@ -23,11 +23,15 @@ from typing import Any, TypeVar
 import jax
 import orbax.checkpoint as ocp
 
+from flaxnets.decoding import decode, encode
 from flaxnets.errors import DamageWarning, InputError, StorageError
 from flaxnets.files import set_aside, storage_errors
 from flaxnets.models.stacking import stack_blocks, unstack_blocks
 from flaxnets.parallel import is_primary, process_max
+from flaxnets.training.config import RunConfig, read_config
+from flaxnets.training.environment import Environment
 from flaxnets.training.manifest import MANIFEST, find_damage, write_manifest
+from flaxnets.training.result import RunResult
 from flaxnets.training.steps import TrainState
 
 KEPT = 2
@@ -116,9 +120,9 @@ class Checkpoints:
     def save(
         self,
         state: TrainState,
-        progress: dict[str, Any],
-        config: dict[str, Any] | None = None,
-        environments: list[dict[str, Any]] | None = None,
+        result: RunResult,
+        config: RunConfig | None = None,
+        environments: Sequence[Environment] = (),
     ) -> None:
         """Copy the state and write it in the background; `wait` or the next `save` waits for it.
 
@@ -149,9 +153,9 @@ class Checkpoints:
                     args=ocp.args.Composite(
                         variables=ocp.args.StandardSave(state.variables),
                         training=ocp.args.StandardSave(training),
-                        progress=ocp.args.JsonSave(progress),
-                        config=ocp.args.JsonSave(config or {}),
-                        trained_in=ocp.args.JsonSave({"environments": environments or []}),
+                        progress=ocp.args.JsonSave(encode(result)),
+                        config=ocp.args.JsonSave({} if config is None else encode(config)),
+                        trained_in=ocp.args.JsonSave({"environments": encode(environments)}),
                     ),
                 )
         except BaseException:
@@ -243,15 +247,19 @@ class Checkpoints:
         """Restore the newest good `params` and `batch_stats`, on the devices of `like`."""
         return self._restore(variables=ocp.args.StandardRestore(like)).variables
 
-    def read_progress(self) -> Any:
-        """Read the run's record from the newest good checkpoint."""
-        return self._read_json("progress", self.step)
+    def read_result(self) -> RunResult:
+        """Read the run's record so far from the newest good checkpoint."""
+        return decode(RunResult, self._read_json("progress", self.step), "its record of the run")
 
-    def read_config(self) -> Any:
+    def read_config(self) -> RunConfig:
         """Read the copy of config.json in the newest good checkpoint."""
-        return self._read_json("config", self.step)
+        return read_config(self._read_json("config", self.step))
 
-    def read_environments(self) -> list[dict[str, Any]]:
+    def has_config(self) -> bool:
+        """Return whether the newest good checkpoint belongs to a run that has a config."""
+        return self._read_json("config", self.step) != {}
+
+    def read_environments(self) -> list[Environment]:
         """Read the environments in which the newest good checkpoint was trained, in order.
 
         Checkpoints from before environments were recorded have none.
@@ -259,10 +267,9 @@ class Checkpoints:
         if not (self.directory / str(self.step) / "trained_in").exists():
             return []
         stored = self._read_json("trained_in", self.step)
-        environments = stored.get("environments") if isinstance(stored, dict) else None
-        if not isinstance(environments, list) or not all(isinstance(e, dict) for e in environments):
-            raise InputError("a checkpoint's record of its environments is damaged")
-        return environments
+        return decode(dict[str, list[Environment]], stored, "its record of environments").get(
+            "environments", []
+        )
 
     def _read_json(self, item: str, step: int | None) -> Any:
         # Orbax's own JSON restore waits for all processes.
@@ -366,27 +373,6 @@ class Checkpoints:
     def _remove_unfinished(self) -> None:
         for path in self.directory.glob("*.orbax-checkpoint-tmp*"):
             shutil.rmtree(path, ignore_errors=True)
-
-
-def comparable(config: Any) -> Any:
-    """The part of a config, as JSON has it, that must match for a run to be resumed.
-
-    A folder of pictures, or the weights that a run started from, may have moved: their content is
-    known by its sha256.
-    """
-    config = json.loads(json.dumps(config))
-    if not isinstance(config, dict):
-        return config
-    dataset, start, model = (config.get(key) for key in ("dataset", "init_from", "model"))
-    if isinstance(dataset, dict) and str(dataset.get("name")).startswith("folder:"):
-        config["dataset"] = {k: v for k, v in dataset.items() if k not in ("name", "path")}
-    if isinstance(start, dict) and re.fullmatch(r"[0-9a-f]{64}", str(start.get("digest"))):
-        config["init_from"] = {k: v for k, v in start.items() if k != "path"}
-    name = model.get("name") if isinstance(model, dict) else None
-    if name == config.get("kind") != "alexnet2012":
-        # The name settles the depth, which older runs have as 0 where there is no number in it.
-        config.pop("depth", None)
-    return config
 
 
 def read_newest(

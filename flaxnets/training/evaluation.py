@@ -11,6 +11,7 @@ import numpy as np
 
 from flaxnets.data.batches import Augmentation, Preprocess
 from flaxnets.parallel import data_mesh, replicate, replicated, split_batch
+from flaxnets.training.config import RunConfig
 from flaxnets.training.steps import cross_entropy
 
 MOST_CONFUSED = 2_000
@@ -116,16 +117,13 @@ def most_confidently_wrong(logits: np.ndarray, labels: np.ndarray, count: int) -
     return wrong[np.argsort(-confidence, kind="stable")[:count]]
 
 
-def evaluation_fraction(config: dict[str, Any]) -> float:
+def evaluation_fraction(config: RunConfig) -> float:
     """Return the share of a picture's shorter side that a run was evaluated on in training.
 
     The run's config decides: 224 of 256 if it was trained on crops of streamed pictures.
     """
-    dataset, recipe = config.get("dataset"), config.get("recipe")
-    streamed = isinstance(dataset, dict) and dataset.get("streamed") is True
-    augment = recipe.get("augment") if isinstance(recipe, dict) else None
-    crops = isinstance(augment, str) and augment.endswith("-crop")
-    return Augmentation(crop="resized" if streamed and crops else "none").seen_at_evaluation
+    crops = config.dataset.streamed and config.recipe.augment.endswith("-crop")
+    return Augmentation(crop="resized" if crops else "none").seen_at_evaluation
 
 
 def evaluation_batch(image_shape: tuple[int, int, int]) -> int:

@@ -1,18 +1,16 @@
 """The training loop of a run: one network trained from one seed, in its own directory."""
 
-import csv
-import io
 import json
 import math
 import time
 import warnings
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, closing
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, get_args
+from typing import Any, NamedTuple
 
 import flax.linen as nn
 import jax
@@ -23,11 +21,19 @@ from flaxnets.data.batches import Augmentation, Preprocess, epoch_order
 from flaxnets.data.datasets import Dataset, Split, refuse_nothing_to_learn
 from flaxnets.data.stream import TrainStream, eval_batches
 from flaxnets.errors import DamageWarning, FallbackWarning, InputError, StorageError
-from flaxnets.files import write_atomic
 from flaxnets.parallel import is_primary, process_max, replicate, split_batch
-from flaxnets.training.checkpoints import Checkpoints, comparable
-from flaxnets.training.environment import describe_change, record_environment
+from flaxnets.training.checkpoints import Checkpoints
+from flaxnets.training.config import RunConfig, comparable
+from flaxnets.training.environment import Environment, describe_change, record_environment
 from flaxnets.training.recipes import Recipe, observe_plateau, plateau_scale
+from flaxnets.training.result import (
+    Row,
+    RunResult,
+    Status,
+    best_epoch,
+    metrics_of,
+    write_metrics,
+)
 from flaxnets.training.steps import (
     TrainState,
     create_state,
@@ -37,20 +43,6 @@ from flaxnets.training.steps import (
     make_stream_step,
     make_train_step,
 )
-
-Status = Literal["finished", "diverged", "unfinished"]
-
-
-def metrics_of(splits: Iterable[str]) -> tuple[str, ...]:
-    """Return the columns of `metrics.csv` if these splits are evaluated every epoch."""
-    return (
-        *("epoch", "step", "learning_rate", "running_train_loss", "running_train_error"),
-        *(f"{split}_{metric}" for split in splits for metric in ("loss", "error")),
-        "seconds",
-    )
-
-
-METRICS = metrics_of(("train", "test"))  # columns for the runs of a study
 
 EVAL_BATCH = 256
 # Steps in flight on the device: enough to keep it busy, few enough to stop quickly.
@@ -290,77 +282,11 @@ def eval_batch(mesh: Mesh) -> int:
 
 
 class Progress(NamedTuple):
-    """Progress of a run; `rows` has one entry per finished epoch, keyed by `METRICS`."""
+    """Progress of a run; `rows` has one entry per finished epoch, as in `RunResult`."""
 
     step: int
     seconds: float
-    rows: list[dict[str, Any]]
-
-
-@dataclass(frozen=True)
-class RunResult:
-    """Outcome of a run; `rows` has one entry per finished epoch, keyed by `METRICS`."""
-
-    status: Status
-    rows: list[dict[str, Any]]
-    step: int
-    seconds: float
-    diverged_step: int | None
-
-    @classmethod
-    def from_json(cls, value: Any, columns: Sequence[str] = METRICS) -> "RunResult":
-        """Validate and convert the record in a checkpoint, whose rows have these `columns`.
-
-        Raises:
-          InputError: `value` is not the record of a run.
-        """
-        number = (int, float)
-        expected = {
-            "status": lambda v: v in get_args(Status),
-            "step": lambda v: type(v) is int and v >= 0,
-            "seconds": lambda v: type(v) in number,
-            "diverged_step": lambda v: v is None or type(v) is int,
-            "rows": lambda v: isinstance(v, list) and all(map(is_row, v)),
-        }
-
-        def is_row(row: Any) -> bool:
-            return (
-                isinstance(row, dict)
-                and row.keys() == set(columns)
-                and all(type(entry) in number for entry in row.values())
-            )
-
-        if not isinstance(value, dict) or value.keys() != expected.keys():
-            raise InputError("a checkpoint's progress is not the record of a run")
-        for name, is_valid in expected.items():
-            if not is_valid(value[name]):
-                raise InputError(f"a checkpoint's progress has no valid {name}")
-        return cls(**value)
-
-    def final(self, metric: str) -> float:
-        """Return the metric at the end of the run; NaN if the run has not ended."""
-        return self.rows[-1][metric] if self.rows and self.status != "unfinished" else float("nan")
-
-
-def write_metrics(
-    directory: Path, rows: list[dict[str, Any]], columns: Sequence[str] = METRICS
-) -> None:
-    """Write `metrics.csv` to a run directory: one row per epoch, floats in full precision."""
-    if not is_primary():
-        return
-    text = io.StringIO()
-    writer = csv.DictWriter(text, columns, lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(rows)
-    write_atomic(directory / "metrics.csv", text.getvalue())
-
-
-def best_epoch(rows: list[dict[str, Any]]) -> int | None:
-    """Return the index of the first finite row with the lowest validation error, or None."""
-    errors = [row.get("validation_error", math.nan) for row in rows]
-    losses = [row.get("validation_loss", math.nan) for row in rows]
-    finite = [i for i in range(len(rows)) if math.isfinite(errors[i]) and math.isfinite(losses[i])]
-    return min(finite, key=lambda i: errors[i], default=None)
+    rows: list[Row]
 
 
 def train_run(
@@ -370,9 +296,9 @@ def train_run(
     on_progress: Callable[[Progress], None] = lambda progress: None,
     stop: Callable[[], bool] = lambda: False,
     checkpoint_every: CheckpointEvery = CheckpointEvery(),
-    config: dict[str, Any] | None = None,
+    config: RunConfig | None = None,
     begin: Callable[[TrainState], TrainState] = lambda state: state,
-    on_epoch: Callable[[TrainState, dict[str, Any]], None] | None = None,
+    on_epoch: Callable[[TrainState, Row], None] | None = None,
 ) -> RunResult:
     """Train from `seed`, or resume from `directory`, until the end of the recipe.
 
@@ -390,97 +316,165 @@ def train_run(
       InputError: `directory` holds a run of another `config`, or something that is not a run.
       StorageError: something cannot be written; earlier checkpoints are intact.
     """
-    start = time.perf_counter()
-    state = create_state(setup.model, setup.optimizer, seed, setup.image_shape, setup.mesh)
     with ExitStack() as stack:
+        run = _Run.open(stack, setup, seed, directory, config, begin)
+        if run.status != "unfinished":
+            return run.saved
+        feed: Any = setup.feed(run.state.key, run.step)
+        batches = stack.enter_context(closing(feed))
+        in_flight: deque[jax.Array] = deque()
+        while True:
+            if run.has_unmeasured_epoch():
+                if not run.end_epoch(stop, on_epoch):
+                    break  # stopped during evaluation, which is repeated on resuming
+                on_progress(run.progress())
+            if run.status != "unfinished" or stop():
+                break
+            run.save_if_due(checkpoint_every)
+            run.state, loss = setup.train_step(run.state, *next(batches))
+            run.step += 1
+            in_flight.append(loss)
+            if len(in_flight) > IN_FLIGHT:
+                in_flight.popleft().block_until_ready()
+            on_progress(run.progress())
+        return run.close()
+
+
+@dataclass
+class _Run:
+    """A run in training.
+
+    Attributes:
+      saved: the result in the checkpoint that the run was opened from.
+      best: holds the state with the lowest validation error; None without a validation split.
+      start, last_save: times of `time.perf_counter`.
+    """
+
+    setup: TrainSetup
+    directory: Path
+    config: RunConfig | None
+    environments: list[Environment]
+    checkpoints: Checkpoints
+    best: Checkpoints | None
+    state: TrainState
+    saved: RunResult
+    start: float
+    last_save: float
+
+    def __post_init__(self) -> None:
+        self.status: Status = self.saved.status
+        self.rows, self.step = list(self.saved.rows), self.saved.step
+        self.diverged_step, self.earlier = self.saved.diverged_step, self.saved.seconds
+
+    @classmethod
+    def open(
+        cls,
+        stack: ExitStack,
+        setup: TrainSetup,
+        seed: int,
+        directory: Path,
+        config: RunConfig | None,
+        begin: Callable[[TrainState], TrainState],
+    ) -> "_Run":
+        """Initialise the run, or restore it from `directory`; `stack` closes its checkpoints."""
+        start = time.perf_counter()
+        state = create_state(setup.model, setup.optimizer, seed, setup.image_shape, setup.mesh)
         checkpoints = stack.enter_context(Checkpoints(directory))
         checkpoints.warn_of_damage("the run restarts from scratch")
         best: Checkpoints | None = None
         if "validation" in setup.splits:
             best = stack.enter_context(Checkpoints(directory, name="best", kept=1))
-        result = RunResult("unfinished", [], 0, 0.0, None)
+        saved = RunResult("unfinished", [], 0, 0.0, None)
         if checkpoints.step is None:
             state = begin(state)
         else:
             if config is not None and comparable(checkpoints.read_config()) != comparable(config):
                 raise InputError(f"{directory} holds another run; move it away")
-            result = RunResult.from_json(checkpoints.read_progress(), setup.columns)
+            saved = checkpoints.read_result().check_splits(setup.columns)
             state = checkpoints.restore(state)
             # A crash may have come between the row of an epoch and its checkpoint.
-            write_metrics(directory, result.rows, setup.columns)
+            write_metrics(directory, saved.rows, setup.columns)
         if best is not None:
-            _check_best(best, result, config)
-        if result.status != "unfinished":
-            return result
-        environments = _environments(directory, checkpoints)
+            _check_best(best, saved, config)
+        environments = _environments(directory, checkpoints) if saved.status == "unfinished" else []
+        now = time.perf_counter()
+        return cls(
+            setup, directory, config, environments, checkpoints, best, state, saved, start, now
+        )
 
-        rows, step = list(result.rows), result.step
-        earlier, last_save = result.seconds, time.perf_counter()
-        total, per_epoch = setup.total_steps, setup.steps_per_epoch
-        feed: Any = setup.feed(state.key, step)
-        batches = stack.enter_context(closing(feed))
-        in_flight: deque[jax.Array] = deque()
-        status: Status = "unfinished"
-        diverged_step: int | None = None
+    def seconds(self) -> float:
+        return round(self.earlier + time.perf_counter() - self.start, 2)
 
-        def seconds() -> float:
-            return round(earlier + time.perf_counter() - start, 2)
+    def progress(self) -> Progress:
+        return Progress(self.step, self.seconds(), self.rows)
 
-        def save(where: Checkpoints) -> RunResult:
-            now = RunResult(status, list(rows), step, seconds(), diverged_step)
-            if (status, step, len(rows)) != (result.status, result.step, len(result.rows)):
-                where.save(state, vars(now), config, environments)
-            return now
+    def has_unmeasured_epoch(self) -> bool:
+        """Return whether an epoch has just ended and is not in the rows yet."""
+        total, per_epoch = self.setup.total_steps, self.setup.steps_per_epoch
+        ends_epoch = self.step > 0 and (self.step % per_epoch == 0 or self.step == total)
+        return ends_epoch and (not self.rows or self.rows[-1]["step"] < self.step)
 
-        while True:
-            ends_epoch = step > 0 and (step % per_epoch == 0 or step == total)
-            if ends_epoch and (not rows or rows[-1]["step"] < step):
-                row = _measure_epoch(setup, state, step, stop)
-                if row is None:
-                    break  # stopped during evaluation, which is repeated on resuming
-                rows.append({**row, "seconds": seconds()})
-                try:
-                    write_metrics(directory, rows, setup.columns)
-                except StorageError:
-                    checkpoints.wait()  # if it fails too, its error reports more missing space
-                    raise
-                if on_epoch is not None:
-                    on_epoch(state, rows[-1])
-                diverged_step = _diverged_step(state, row)
-                if diverged_step is not None:
-                    status = "diverged"
-                elif step == total or _lost_patience(setup, rows):
-                    status = "finished"
-                elif setup.plateau is not None:
-                    opt_state = observe_plateau(
-                        setup.plateau, state.opt_state, row["validation_loss"]
-                    )
-                    state = state.replace(opt_state=opt_state)
-                if best is not None and best_epoch(rows) == len(rows) - 1:
-                    save(best)
-                on_progress(Progress(step, seconds(), rows))
-            if status != "unfinished" or stop():
-                break
+    def end_epoch(
+        self,
+        stop: Callable[[], bool],
+        on_epoch: Callable[[TrainState, Row], None] | None,
+    ) -> bool:
+        """Measure the epoch, record it and decide how to continue; False if `stop()` came first."""
+        setup = self.setup
+        row = _measure_epoch(setup, self.state, self.step, stop)
+        if row is None:
+            return False
+        self.rows.append({**row, "seconds": self.seconds()})
+        try:
+            write_metrics(self.directory, self.rows, setup.columns)
+        except StorageError:
+            self.checkpoints.wait()  # if it fails too, its error reports more missing space
+            raise
+        if on_epoch is not None:
+            on_epoch(self.state, self.rows[-1])
+        self.diverged_step = _diverged_step(self.state, row)
+        if self.diverged_step is not None:
+            self.status = "diverged"
+        elif self.step == setup.total_steps or _lost_patience(setup, self.rows):
+            self.status = "finished"
+        elif setup.plateau is not None:
+            opt_state = observe_plateau(setup.plateau, self.state.opt_state, row["validation_loss"])
+            self.state = self.state.replace(opt_state=opt_state)
+        if self.best is not None and best_epoch(self.rows) == len(self.rows) - 1:
+            self.save(self.best)
+        return True
 
-            checkpoints.check()
-            if step > result.step and checkpoint_every.due(step, time.perf_counter() - last_save):
-                save(checkpoints)
-                last_save = time.perf_counter()
-            state, loss = setup.train_step(state, *next(batches))
-            step += 1
-            in_flight.append(loss)
-            if len(in_flight) > IN_FLIGHT:
-                in_flight.popleft().block_until_ready()
-            on_progress(Progress(step, seconds(), rows))
+    def save_if_due(self, every: CheckpointEvery) -> None:
+        self.checkpoints.check()
+        now = time.perf_counter()
+        if self.step > self.saved.step and every.due(self.step, now - self.last_save):
+            self.save(self.checkpoints)
+            self.last_save = time.perf_counter()
 
-        if best is not None:
-            best.wait()
-        result = save(checkpoints)
-        checkpoints.wait()
+    def save(self, where: Checkpoints) -> RunResult:
+        """Save the run unless the checkpoint that it was opened from holds the same."""
+        result = RunResult(
+            self.status, list(self.rows), self.step, self.seconds(), self.diverged_step
+        )
+        before = self.saved
+        if (self.status, self.step, len(self.rows)) != (
+            before.status,
+            before.step,
+            len(before.rows),
+        ):
+            where.save(self.state, result, self.config, self.environments)
+        return result
+
+    def close(self) -> RunResult:
+        """Save the run and wait until everything is on disk."""
+        if self.best is not None:
+            self.best.wait()
+        result = self.save(self.checkpoints)
+        self.checkpoints.wait()
         return result
 
 
-def _environments(directory: Path, checkpoints: Checkpoints) -> list[dict[str, Any]]:
+def _environments(directory: Path, checkpoints: Checkpoints) -> list[Environment]:
     """List the environments of the run, with this one last; warn if its results change."""
     stored = checkpoints.read_environments() if checkpoints.step is not None else []
     now = record_environment()
@@ -488,12 +482,12 @@ def _environments(directory: Path, checkpoints: Checkpoints) -> list[dict[str, A
         warnings.warn(
             f"{directory} is resumed in another environment: {change}",
             FallbackWarning,
-            stacklevel=3,
+            stacklevel=4,
         )
     return [*(each for each in stored if each != now), now]
 
 
-def _check_best(best: Checkpoints, result: RunResult, config: dict[str, Any] | None) -> None:
+def _check_best(best: Checkpoints, result: RunResult, config: RunConfig | None) -> None:
     """Set aside a best state that does not belong to this run, and warn if its own is lost.
 
     The best state may be newer than the newest checkpoint, if a crash came between the two saves.
@@ -501,7 +495,7 @@ def _check_best(best: Checkpoints, result: RunResult, config: dict[str, Any] | N
     best.warn_of_damage("it is not used")
     if best.step is not None:
         try:
-            reason = find_mismatch(best, config or {}, result.rows)
+            reason = find_mismatch(best, config, result.rows)
         except InputError as error:
             reason = str(error)
         # All processes must have read it before the primary process renames it.
@@ -523,11 +517,14 @@ def _check_best(best: Checkpoints, result: RunResult, config: dict[str, Any] | N
         )
 
 
-def find_mismatch(best: Checkpoints, config: Any, rows: list[dict[str, Any]]) -> str | None:
+def find_mismatch(best: Checkpoints, config: RunConfig | None, rows: list[Row]) -> str | None:
     """Return why `best` is not the best state of the run of `config` and `rows`, or None."""
-    if comparable(best.read_config()) != comparable(config):
+    if config is None:
+        if best.has_config():
+            return "its config is another run's"
+    elif comparable(best.read_config()) != comparable(config):
         return "its config is another run's"
-    stored = read_rows(best)
+    stored = best.read_result().rows
     # In text, NaN equals NaN. Times are ignored: they differ if an epoch was trained twice.
     own, other = (
         [json.dumps({**row, "seconds": 0}, sort_keys=True) for row in each]
@@ -543,20 +540,7 @@ def find_mismatch(best: Checkpoints, config: Any, rows: list[dict[str, Any]]) ->
     return None
 
 
-def read_rows(checkpoints: Checkpoints) -> list[dict[str, Any]]:
-    """Read the rows of `metrics.csv` from the newest good checkpoint, whatever their splits.
-
-    Raises:
-      InputError: the checkpoint's record is not that of a run.
-    """
-    progress = checkpoints.read_progress()
-    rows = progress.get("rows") if isinstance(progress, dict) else None
-    first = rows[0] if isinstance(rows, list) and rows else {}
-    columns = tuple(first) if isinstance(first, dict) else ()
-    return RunResult.from_json(progress, columns).rows
-
-
-def _lost_patience(setup: TrainSetup, rows: list[dict[str, Any]]) -> bool:
+def _lost_patience(setup: TrainSetup, rows: list[Row]) -> bool:
     """Return whether `patience` epochs have passed since the best one."""
     best = best_epoch(rows)
     since = len(rows) if best is None else len(rows) - 1 - best
@@ -565,11 +549,11 @@ def _lost_patience(setup: TrainSetup, rows: list[dict[str, Any]]) -> bool:
 
 def _measure_epoch(
     setup: TrainSetup, state: TrainState, step: int, stop: Callable[[], bool]
-) -> dict[str, Any] | None:
+) -> Row | None:
     """Return a row of `metrics.csv` without its seconds, or None if `stop()` became true."""
     running = jax.device_get(state.running)
     rate = setup.schedule(step - 1) * plateau_scale(state.opt_state)
-    row: dict[str, Any] = {
+    row: Row = {
         "epoch": -(-step // setup.steps_per_epoch),
         "step": step,
         "learning_rate": float(f"{rate:.6g}"),
@@ -584,10 +568,10 @@ def _measure_epoch(
     return row
 
 
-def _diverged_step(state: TrainState, row: dict[str, Any]) -> int | None:
+def _diverged_step(state: TrainState, row: Row) -> int | None:
     """Return the first step with a non-finite loss or gradient, or None."""
     step = state.running.diverged_step.item()
     if step >= 0:
         return step
     losses = [value for name, value in row.items() if name.endswith("train_loss")]
-    return None if all(map(math.isfinite, losses)) else row["step"]
+    return None if all(map(math.isfinite, losses)) else int(row["step"])

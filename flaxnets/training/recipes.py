@@ -125,25 +125,6 @@ class Recipe:
         if self.image_size is not None and not SMALLEST_IMAGE <= self.image_size <= LARGEST_IMAGE:
             refuse(f"image_size must be from {SMALLEST_IMAGE} to {LARGEST_IMAGE} pixels")
 
-    @classmethod
-    def from_config(cls, value: Any) -> "Recipe":
-        """Make a recipe from the entry `recipe` of a run's `config.json`.
-
-        Raises:
-          InputError: `value` is not a recipe.
-        """
-        try:
-            fields: dict[str, Any] = {
-                name: tuple(entry) if isinstance(entry, list) else entry
-                for name, entry in value.items()
-            }
-            for length in ("steps", "epochs"):
-                if type(fields.get(length)) not in (int, type(None)):
-                    raise TypeError(f"{length} is not a whole number")
-            return cls(**fields)
-        except (AttributeError, TypeError) as error:
-            raise InputError(f"its config has no valid recipe ({error})") from error
-
     def total_steps(self, num_examples: int) -> int:
         """Return the number of updates in a run over `num_examples` training images."""
         return self.steps or (self.epochs or 0) * (num_examples // self.batch_size)

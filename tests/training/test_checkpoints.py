@@ -8,14 +8,17 @@ import stat
 import threading
 import time
 import warnings
+from dataclasses import replace
 
 import numpy as np
 import pytest
 
+from flaxnets.decoding import encode
 from flaxnets.errors import DamageWarning, FallbackWarning, InputError, StorageError
-from flaxnets.training import CheckpointEvery, Checkpoints, checkpoints, train_run
+from flaxnets.training import CheckpointEvery, Checkpoints, RunResult, checkpoints, train_run
 from flaxnets.training.checkpoints import read_newest
 from flaxnets.training.manifest import MANIFEST, find_damage, write_manifest
+from tests.factories import make_run_config
 from tests.helpers import stop_at
 
 
@@ -237,9 +240,9 @@ def test_damaged_checkpoints_are_set_aside_and_nothing_else_is_touched(setup, ru
 
 
 def test_the_run_of_another_config_is_refused(setup, tmp_path):
-    train_run(setup, 0, tmp_path, *stop_at(1), config={"seed": 0})
+    train_run(setup, 0, tmp_path, *stop_at(1), config=make_run_config(seed=0))
     with pytest.raises(InputError, match="holds another run; move it away"):
-        train_run(setup, 1, tmp_path, config={"seed": 1})
+        train_run(setup, 1, tmp_path, config=make_run_config(seed=1))
 
 
 def test_metrics_are_those_of_the_checkpoint(setup, run):
@@ -269,7 +272,11 @@ def writer(tmp_path):
     def write():
         for step in range(1, 1_000_000):
             new = directory / f"{step}.orbax-checkpoint-tmp"
-            for item, content in (("variables", {}), ("progress", {"step": step}), ("config", {})):
+            for item, content in (
+                ("variables", {}),
+                ("progress", encode(RunResult("unfinished", [], step, 0.0, None))),
+                ("config", {}),
+            ):
                 (new / item).mkdir(parents=True)
                 (new / item / "metadata").write_text(json.dumps(content))
             path = new.rename(directory / str(step))
@@ -293,14 +300,15 @@ def test_a_run_that_is_being_saved_is_read_without_false_alarms(writer):
         with Checkpoints(writer, read_only=True) as found:
             assert found.damage == []
             assert found.step is not None
-        step, progress = read_newest(writer, lambda found: (found.step, found.read_progress()))
-        assert progress == {"step": step}
+        step, result = read_newest(writer, lambda found: (found.step, found.read_result()))
+        assert result.step == step
 
 
 def test_another_number_of_cores_is_said_when_a_run_is_resumed(setup, run, monkeypatch):
     """It changes the last bits; a run from before that was recorded is resumed without a word."""
     (before,) = Checkpoints(run, read_only=True).read_environments()
-    cores = before["cpu_cores"]
+    cores = before.cpu_cores
+    assert cores
     with monkeypatch.context() as patch:
         patch.setattr(os, "sched_getaffinity", lambda _: set(range(cores + 1)))
         message = (
@@ -310,7 +318,7 @@ def test_another_number_of_cores_is_said_when_a_run_is_resumed(setup, run, monke
         with pytest.warns(FallbackWarning, match=message):
             train_run(setup, 0, run, *stop_at(24))
     both = Checkpoints(run, read_only=True).read_environments()
-    assert both == [before, {**before, "cpu_cores": cores + 1}]
+    assert both == [before, replace(before, cpu_cores=cores + 1)]
     for step in ("23", "24"):
         shutil.rmtree(run / "checkpoints" / step / "trained_in")
         (run / "checkpoints" / step / MANIFEST).unlink()

@@ -10,12 +10,11 @@ from flaxnets.training import (
     RECIPES,
     CheckpointEvery,
     Checkpoints,
-    RunResult,
     TrainSetup,
     create_state,
     train_run,
 )
-from flaxnets.training.loop import METRICS, best_epoch
+from flaxnets.training.result import METRICS, best_epoch
 from tests.helpers import stop_at
 
 
@@ -27,7 +26,7 @@ def metrics(directory):
 
 def read_result(directory):
     with Checkpoints(directory, read_only=True) as checkpoints:
-        return RunResult.from_json(checkpoints.read_progress())
+        return checkpoints.read_result()
 
 
 def test_a_run_writes_a_row_an_epoch(uninterrupted):
@@ -111,10 +110,10 @@ def with_nan(setup, directory, step):
     train_run(setup, 0, directory / "good", *stop_at(step))
     state = create_state(setup.model, setup.optimizer, 0, setup.image_shape, setup.mesh)
     with Checkpoints(directory / "good") as checkpoints:
-        state, progress = checkpoints.restore(state), checkpoints.read_progress()
+        state, result = checkpoints.restore(state), checkpoints.read_result()
     state.params["stage2_block1"]["conv1"]["kernel"] *= np.nan
     with Checkpoints(directory / "bad") as checkpoints:
-        checkpoints.save(state, progress)
+        checkpoints.save(state, result)
     return directory / "bad"
 
 

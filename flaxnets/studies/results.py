@@ -23,10 +23,10 @@ from typing import Any
 
 import jax
 
+from flaxnets.decoding import decode, encode
 from flaxnets.errors import DamageWarning, InputError
 from flaxnets.files import storage_errors, write_atomic
 from flaxnets.parallel import gather_texts, is_primary, raise_on_all_processes
-from flaxnets.studies.config import check_config
 from flaxnets.studies.directory import (
     check_output_dir,
     check_shared,
@@ -36,14 +36,15 @@ from flaxnets.studies.directory import (
     read_json,
     read_study_file,
     run_directory,
-    run_key,
     set_foreign_aside,
     suggest_free_name,
     write_config,
     write_study,
 )
 from flaxnets.training.checkpoints import Checkpoints, read_newest
-from flaxnets.training.loop import RunResult, write_metrics
+from flaxnets.training.config import RunConfig, StudyConfig, comparable, read_config
+from flaxnets.training.environment import Environment
+from flaxnets.training.result import RunResult, write_metrics
 
 FINAL_METRICS: tuple[str, ...] = ("train_error", "test_error", "train_loss", "test_loss")
 SUMMARY: tuple[str, ...] = (
@@ -58,27 +59,27 @@ class Run:
     """One run of a study: its config and result, whether they are from a checkpoint, and the
     environments in which it was trained."""
 
-    config: dict[str, Any]
+    config: RunConfig
     result: RunResult
     saved: bool = True
-    environments: Sequence[dict[str, Any]] = ()
+    environments: tuple[Environment, ...] = ()
 
     @property
     def kind(self) -> str:
-        return self.config["kind"]
+        return self.config.kind
 
     @property
     def depth(self) -> int:
-        return self.config["depth"]
+        return self.config.depth
 
     @property
     def seed(self) -> int:
-        return self.config["seed"]
+        return self.config.seed
 
     @property
     def key(self) -> tuple[str, int, int]:
         """Kind, depth and seed, which identify the run within its study."""
-        return run_key(self.config)
+        return self.config.key
 
 
 @dataclass(frozen=True)
@@ -120,9 +121,7 @@ class Network:
         return f"{states.count('finished')} of {len(states)} ({others})"
 
 
-def check_study(
-    out: Path, definition: dict[str, Any], configs: Iterable[dict[str, Any]]
-) -> list[Run]:
+def check_study(out: Path, study: StudyConfig, configs: Iterable[RunConfig]) -> list[Run]:
     """Check that `out` holds no study but this one, without writing anything.
 
     A damaged study.json is not refused, because the runs hold the same definition.
@@ -133,28 +132,22 @@ def check_study(
     Raises:
       InputError: it holds another study; the message lists the differences and a free name.
     """
-    definition, *configs = json.loads(json.dumps([definition, *configs]))
-    planned = {run_directory(out, *run_key(config)) for config in configs}
+    planned = {config.key: config for config in configs}
     with raise_on_all_processes():
-        runs = read_runs(out, planned) if is_primary() else []
+        runs = read_runs(out, {run_directory(out, *key) for key in planned}) if is_primary() else []
     if jax.process_count() > 1:
         # The primary process reads for all: some processes may be unable to read a file.
-        text = json.dumps(
-            [[run.config, vars(run.result), run.saved, run.environments] for run in runs]
-        )
-        runs = [
-            Run(config, RunResult.from_json(result), saved, environments)
-            for config, result, saved, environments in json.loads(gather_texts(text)[0])
-        ]
-    stored = [{key: run.config.get(key) for key in definition} for run in runs if run.saved]
-    study = read_json(out / "study.json")
-    if not stored and study is not None and isinstance(study.get("study"), dict):
-        stored = [study["study"]]
-    known = {run.key: run.config for run in runs if run.saved}
-    pairs = [(before, definition) for before in stored]
-    pairs += [(known[run_key(config)], config) for config in configs if run_key(config) in known]
+        shared = json.loads(gather_texts(json.dumps(encode(runs)))[0])
+        runs = decode(list[Run], shared, "the record of the runs")
+    saved = [run.config for run in runs if run.saved]
+    pairs: list[tuple[StudyConfig, StudyConfig]] = [(config.study, study) for config in saved]
+    # Without a checkpoint there is nothing to use instead.
+    stored = read_study_file(out, warn=bool(saved))
+    if not saved and stored is not None:
+        pairs = [(stored.study, study)]
+    pairs += [(config, planned[config.key]) for config in saved if config.key in planned]
     for before, now in pairs:
-        if differences := list_differences(before, now):
+        if differences := list_differences(comparable(before), comparable(now)):
             raise InputError(
                 f"--out {out} holds another study ({'; '.join(differences)}); "
                 f"use --out {suggest_free_name(out)}"
@@ -164,7 +157,7 @@ def check_study(
 
 @contextmanager
 def open_study(
-    out: Path, definition: dict[str, Any], configs: Iterable[dict[str, Any]] = ()
+    out: Path, study: StudyConfig, configs: Iterable[RunConfig] = ()
 ) -> Iterator[list[Run]]:
     """Open `out` as the directory of this study, with a lock against other writers.
 
@@ -186,11 +179,11 @@ def open_study(
                     out.mkdir(parents=True, exist_ok=True)
                 stack.enter_context(lock_directory(out))
         check_shared(out)
-        runs = check_study(out, definition, configs)
+        runs = check_study(out, study, configs)
         if is_primary():
-            if not isinstance(read_study_file(out).get("study"), dict) and not runs:
+            if not runs and read_study_file(out, warn=False) is None:
                 set_foreign_aside(out / "study.json")
-            write_study(out, definition, [each for run in runs for each in run.environments])
+            write_study(out, study, [each for run in runs for each in run.environments])
             for run in runs:
                 if run.saved:
                     write_config(run_directory(out, *run.key), run.config)
@@ -224,25 +217,27 @@ def read_runs(out: Path, planned: Container[Path] = ()) -> list[Run]:
 def _read_run(out: Path, directory: Path, checkpoints: Checkpoints) -> Run | None:
     """Read the run in `directory`; None without a checkpoint or valid config."""
     checkpoints.warn_of_damage("the run restarts from scratch")
-    saved = checkpoints.step is not None
-    result = RunResult("unfinished", [], 0, 0.0, None)
-    if saved:
+    if checkpoints.step is not None:
         config = checkpoints.read_config()
-        result = RunResult.from_json(checkpoints.read_progress())
-    elif (config := read_json(directory / "config.json")) is None:
-        return None
+        _check_place(out, directory, config)
+        result = checkpoints.read_result().check_splits()
+        return Run(config, result, True, tuple(checkpoints.read_environments()))
     try:
-        check_config(config)
-        if run_directory(out, *run_key(config)) != directory:
-            raise InputError(f"it holds the run {' '.join(map(str, run_key(config)))}")
+        value = read_json(directory / "config.json")
+        if value is None:
+            return None
+        config = read_config(value)
+        _check_place(out, directory, config)
     except InputError as error:
-        if saved:
-            raise
         # Without a checkpoint there is nothing to lose, so a warning is enough.
         warnings.warn(f"{directory} is left out: {error}", DamageWarning, stacklevel=2)
         return None
-    environments = checkpoints.read_environments() if saved else []
-    return Run(config, result, saved, environments)
+    return Run(config, RunResult("unfinished", [], 0, 0.0, None), saved=False)
+
+
+def _check_place(out: Path, directory: Path, config: RunConfig) -> None:
+    if run_directory(out, *config.key) != directory:
+        raise InputError(f"it holds the run {' '.join(map(str, config.key))}")
 
 
 def sort_runs(runs: Iterable[Run]) -> list[Run]:
@@ -265,13 +260,34 @@ def curves(networks: Sequence[Network]) -> dict[str, list[Network]]:
     A study of the ImageNet family may mix two-convolution blocks and bottlenecks, which get
     separate curves.
     """
-    mixed = len({network.runs[0].config["block"] for network in networks} - {None}) > 1
+    mixed = len({network.runs[0].config.block for network in networks} - {None}) > 1
     groups: dict[str, list[Network]] = {}
     for network in networks:
-        block = network.runs[0].config["block"]
+        block = network.runs[0].config.block
         of_blocks = f" of {block} blocks" if mixed and block else ""
         groups.setdefault(f"{network.kind} networks{of_blocks}", []).append(network)
     return groups
+
+
+def summarise_runs(runs: Iterable[Run]) -> list[dict[str, Any]]:
+    """Return the rows of `summary.csv`, keyed by `SUMMARY`: None where there is no value (yet)."""
+    return [
+        {
+            "kind": run.kind,
+            "depth": run.depth,
+            "seed": run.seed,
+            "status": run.result.status,
+            "parameters": run.config.parameters,
+            **{
+                name: None if run.result.status == "unfinished" else run.result.final(name)
+                for name in FINAL_METRICS
+            },
+            "steps": run.result.step,
+            "seconds": run.result.seconds,
+            "diverged_step": run.result.diverged_step,
+        }
+        for run in runs
+    ]
 
 
 def write_summary(out: Path, runs: Iterable[Run]) -> None:
@@ -281,23 +297,5 @@ def write_summary(out: Path, runs: Iterable[Run]) -> None:
     text = io.StringIO()
     writer = csv.DictWriter(text, SUMMARY, lineterminator="\n")
     writer.writeheader()
-    for run in runs:
-        result = run.result
-        metrics = {
-            name: result.final(name) if result.status != "unfinished" else ""
-            for name in FINAL_METRICS
-        }
-        writer.writerow(
-            {
-                "kind": run.kind,
-                "depth": run.depth,
-                "seed": run.seed,
-                "status": result.status,
-                "parameters": run.config["parameters"],
-                **metrics,
-                "steps": result.step,
-                "seconds": result.seconds,
-                "diverged_step": result.diverged_step,
-            }
-        )
+    writer.writerows(summarise_runs(runs))
     write_atomic(out / "summary.csv", text.getvalue())

@@ -1,0 +1,384 @@
+"""Studies from Python: plain and residual networks at several depths, trained and compared."""
+
+import importlib
+import os
+import re
+import sys
+from collections.abc import Callable
+from dataclasses import KW_ONLY, dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh
+from matplotlib.figure import Figure
+from rich.console import Console
+
+from flaxnets.cli.arguments import check_batch_size, check_choice
+from flaxnets.cli.progress import StudyProgress, plain_console
+from flaxnets.data import Dataset, find_dataset, load_dataset
+from flaxnets.diagnostics import GradientLog
+from flaxnets.errors import InputError, SettingError
+from flaxnets.models.resnet import IMAGENET_STAGES
+from flaxnets.parallel import data_mesh, is_primary, replicate
+from flaxnets.reporting.conclusion import conclude, count_seeds
+from flaxnets.reporting.figures import draw_errors, set_title, write_png_and_svg
+from flaxnets.studies.directory import check_output_dir, run_directory
+from flaxnets.studies.grid import Plan, PlannedNetwork, plan_network, train_grid
+from flaxnets.studies.restore import Build
+from flaxnets.studies.results import (
+    Network,
+    Run,
+    group_runs,
+    open_study,
+    summarise_runs,
+    write_summary,
+)
+from flaxnets.training import RECIPES, CheckpointEvery, Recipe
+from flaxnets.training.config import DEEPEST, DTYPES, DatasetConfig, StudyConfig
+
+
+@dataclass(frozen=True)
+class Study:
+    """A grid of networks (kind x depth x seed) that differ in nothing else, and their training.
+
+    Attributes:
+      depths: numbers of weighted layers.
+      kinds: `plain`, `residual`, or networks of your own: a function `build(depth, num_classes,
+        dtype)` that returns a Linen module, or its name `module:function`.
+      seeds: each network is trained once from each seed.
+      family: how depth becomes a network, `cifar` or `imagenet`.
+      shortcut: `A`, `B` or `C` (He et al. 2015, section 3.3).
+      stem: `imagenet` or `small`; None for the family's own.
+      dataset: `digits`, a prepared TFDS data set, or a data set in memory.
+      data_dir: TFDS data directory; None for TFDS's own.
+      train_examples: number of training images to use; None for all.
+      recipe: a recipe or its name; None for `digits` for the digits, otherwise `he2015-cifar`.
+      precision: `float32` or `bfloat16`, the type of computations.
+
+    Raises:
+      SettingError: a setting is invalid; the message says what it may be.
+    """
+
+    depths: tuple[int, ...]
+    _: KW_ONLY
+    kinds: tuple[str | Build, ...] = ("plain", "residual")
+    seeds: tuple[int, ...] = (0,)
+    family: str = "cifar"
+    shortcut: str = "A"
+    stem: str | None = None
+    dataset: str | Dataset = "digits"
+    data_dir: str | Path | None = None
+    train_examples: int | None = None
+    recipe: Recipe | str | None = None
+    precision: str = "float32"
+
+    def __post_init__(self) -> None:
+        for name in ("depths", "kinds", "seeds"):  # any sequence will do
+            object.__setattr__(self, name, tuple(getattr(self, name)))
+        object.__setattr__(self, "depths", tuple(sorted(self.depths)))
+        try:
+            self._check_choices()
+            self._check_grid()
+        except InputError as error:
+            raise SettingError(error) from error
+
+    def _check_choices(self) -> None:
+        check_choice("family", self.family, ("cifar", "imagenet"))
+        check_choice("shortcut", self.shortcut, ("A", "B", "C"))
+        check_choice("stem", self.stem or "small", ("imagenet", "small"))
+        check_choice("precision", self.precision, tuple(DTYPES))
+        if isinstance(self.recipe, str):
+            check_choice("recipe", self.recipe, tuple(RECIPES))
+        if self.chosen_recipe.schedule == "plateau":
+            raise InputError(
+                f"recipe {self.chosen_recipe.name} needs validation images, which a study does not "
+                "have; choose another"
+            )
+        for kind in map(name_kind, self.kinds):
+            if "<" in kind:
+                raise InputError(f"kinds {kind}: give a function defined at the top of a module")
+            if ":" not in kind:
+                if found := re.fullmatch(r"([\w.]+)\.(\w+)", kind):
+                    raise InputError(
+                        f"kinds {kind}: separate module and function with a colon; "
+                        f"did you mean {found[1]}:{found[2]}?"
+                    )
+                check_choice("kinds", kind, ("plain", "residual"), " or a custom module:function")
+
+    def _check_grid(self) -> None:
+        for name in ("depths", "kinds", "seeds"):
+            values = getattr(self, name)
+            if not values:
+                raise InputError(f"{name} must name at least one")
+            repeated = sorted({str(value) for value in values if values.count(value) > 1})
+            if repeated:
+                raise InputError(f"{name} repeats {', '.join(repeated)}; name each once")
+        for depth in self.depths:
+            if self.family == "cifar" and (depth % 2 or not 8 <= depth <= DEEPEST):
+                raise InputError(
+                    f"depths {depth}: the cifar family has even depths from 8 to {DEEPEST} "
+                    "(the paper's are 20, 32, 44, 56, 110)"
+                )
+            if self.family == "imagenet" and depth not in IMAGENET_STAGES:
+                valid = ", ".join(map(str, IMAGENET_STAGES))
+                raise InputError(f"depths {depth}: the imagenet family has depths {valid}")
+        if min(self.seeds) < 0 or max(self.seeds) >= 2**31:
+            raise InputError("seeds must be from 0 to 2147483647")
+
+    @property
+    def chosen_recipe(self) -> Recipe:
+        """The recipe of all runs."""
+        if isinstance(self.recipe, Recipe):
+            return self.recipe
+        return RECIPES[self.recipe or ("digits" if self.dataset == "digits" else "he2015-cifar")]
+
+    @property
+    def default_out(self) -> Path:
+        """Directory of the study unless another one is given."""
+        name = self.dataset if isinstance(self.dataset, str) else self.dataset.name
+        if name.startswith("folder:"):
+            name = Path(name.removeprefix("folder:")).resolve().name or "folder"
+        return Path("runs/degradation") / f"{name}-{self.family}"
+
+    def plan(self) -> Plan:
+        """Read the data and build every network; nothing is trained or written.
+
+        Raises:
+          InputError: the data cannot be read, or a network cannot be built.
+        """
+        builders = {name_kind(kind): load_builder(kind) for kind in self.kinds}
+        dataset = self._load()
+        config = self._define(dataset)
+        networks = [
+            plan_network(config, kind, depth, self.seeds, dataset, build)
+            for kind, build in builders.items()
+            for depth in self.depths
+        ]
+        return Plan(config, dataset, tuple(networks))
+
+    def _load(self) -> Dataset:
+        recipe, dataset = self.chosen_recipe, self.dataset
+        if isinstance(dataset, Dataset):
+            self._check_size(dataset.name, len(dataset.train.labels))
+        else:
+            # Refused before the slow part.
+            self._check_size(dataset, find_dataset(dataset, self.data_dir).num_train)
+            dataset = load_dataset(dataset, self.data_dir, self.train_examples)
+        return dataset.resized(recipe.image_size)
+
+    def _check_size(self, name: str, num_train: int) -> None:
+        recipe, examples = self.chosen_recipe, self.train_examples or num_train
+        if examples > num_train:
+            raise SettingError(f"train_examples {examples}: {name} has {num_train}")
+        try:
+            check_batch_size(recipe.batch_size, examples, "batch_size")
+        except InputError as error:
+            raise SettingError(error) from error
+        if recipe.total_steps(examples) >= 2**31:
+            raise SettingError("epochs: a run must have at most 2147483647 updates")
+
+    def _define(self, dataset: Dataset) -> StudyConfig:
+        return StudyConfig(
+            family=self.family,
+            shortcut=self.shortcut,
+            stem=self.stem or ("small" if self.family == "cifar" else "imagenet"),
+            precision="bfloat16" if self.precision == "bfloat16" else "float32",
+            dataset=DatasetConfig(
+                name=dataset.name,
+                version=dataset.version,
+                train_examples=len(dataset.train.labels),
+                test_examples=len(dataset.test.labels),
+                sha256=dataset.fingerprint(),
+            ),
+            augmentation=dataset.augmentation,
+            recipe=self.chosen_recipe,
+        )
+
+    def train(
+        self,
+        out: str | Path | None = None,
+        *,
+        workers: int | None = None,
+        checkpoint_every: CheckpointEvery = CheckpointEvery(),
+        log_gradients: bool = False,
+    ) -> "StudyResults":
+        """Train all runs that are not finished yet, with progress on the console.
+
+        Args:
+          out: directory of the study; None for `runs/degradation/<dataset>-<family>`. Finished runs
+            in it are kept, unfinished ones resumed. It may already hold other kinds, depths and
+            seeds, but nothing else may differ.
+          workers: networks to train at a time; results do not change. None for 2 on a single CPU
+            device, whose cores a small network does not fill, otherwise 1.
+          checkpoint_every: interval between checkpoints.
+          log_gradients: whether to log the norm of each layer's gradient after every epoch, to
+            `gradients.csv` of each run.
+
+        Raises:
+          InputError: the data cannot be read, or `out` holds something else.
+          StorageError: a file cannot be written; finished work is kept.
+        """
+        out = Path(self.default_out if out is None else out)
+        check_output_dir(out)
+        check_workers(workers)
+        return train_plan(self.plan(), out, workers, checkpoint_every, log_gradients)
+
+
+@dataclass(frozen=True)
+class StudyResults:
+    """Results of all runs in a study's directory, also of those from earlier calls."""
+
+    out: Path
+    plan: Plan
+    runs: list[Run]
+
+    @property
+    def networks(self) -> list[Network]:
+        """Runs grouped by kind and depth."""
+        return group_runs(self.runs)
+
+    @property
+    def rows(self) -> list[dict[str, Any]]:
+        """One row per run, as in `summary.csv`; errors are in percent, at the end of the run."""
+        return summarise_runs(self.runs)
+
+    @property
+    def conclusion(self) -> str:
+        """What the numbers show about training error and depth, in sentences."""
+        return conclude(self.networks, self.plan.total_steps)
+
+    @property
+    def title(self) -> str:
+        config = self.plan.config
+        return (
+            f"{config.dataset.name}, {config.family} family, {self.plan.total_steps:,} updates, "
+            f"{count_seeds(self.networks)}"
+        )
+
+    def figure(self) -> Figure:
+        """Draw training and test error against epoch, a panel per kind, a colour per depth."""
+        figure = draw_errors(self.networks)
+        set_title(figure, self.title)
+        return figure
+
+    def write(self) -> Path:
+        """Write `summary.csv` and `degradation.png` to the study's directory, in the primary
+        process; return the path of the figure."""
+        write_summary(self.out, self.runs)
+        path = self.out / "degradation.png"
+        if is_primary():
+            write_png_and_svg(draw_errors(self.networks), path, self.title)
+        return path
+
+
+def train_plan(
+    plan: Plan,
+    out: Path,
+    workers: int | None = None,
+    checkpoint_every: CheckpointEvery = CheckpointEvery(),
+    log_gradients: bool = False,
+    stop: Callable[[], bool] = lambda: False,
+    console: Console | None = None,
+    unsaved: set[Any] | None = None,
+) -> StudyResults:
+    """Train what is unfinished of `plan` in the directory `out`, and write table and figure.
+
+    Args:
+      stop: asked at every step; once it is true, runs in training are saved and end.
+      console: shows the progress.
+      unsaved: holds whatever is not saved yet, so that a command knows when it may exit at once.
+    """
+    console, unsaved = console or plain_console(), set() if unsaved is None else unsaved
+    with open_study(out, plan.config, plan.configs) as runs:
+        left = plan.unfinished(runs)
+        make_log = None
+        if log_gradients:
+            make_log = partial(make_gradient_log, plan, data_mesh())
+            _print_unlogged(plan, out, runs, console)
+        work = sum(float(planned.cost.work) for planned, _ in left)
+        with StudyProgress(
+            console, len(plan.configs) - len(left), len(left), work, unsaved
+        ) as progress:
+            runs = train_grid(
+                plan,
+                out,
+                runs,
+                progress,
+                workers or default_workers(),
+                checkpoint_every,
+                stop,
+                make_log,
+            )
+        unsaved.add("the table and the figure")
+        results = StudyResults(out, plan, runs)
+        results.write()
+    return results
+
+
+def make_gradient_log(plan: Plan, mesh: Mesh, planned: PlannedNetwork) -> GradientLog:
+    """Make a log of the gradient on the first training images, as many as a batch has."""
+    dataset, batch_size = plan.dataset, plan.config.recipe.batch_size
+    images, labels = (array[:batch_size] for array in dataset.train)
+    batch = replicate((dataset.preprocess(images), jnp.asarray(labels)), mesh)
+    return GradientLog(planned.model, *batch)
+
+
+def _print_unlogged(plan: Plan, out: Path, runs: list[Run], console: Console) -> None:
+    left = {config.key for _, config in plan.unfinished(runs)}
+    finished = [run_directory(out, *each.key) for each in plan.configs if each.key not in left]
+    without = [str(path) for path in finished if not (path / "gradients.csv").exists()]
+    if without:
+        line = f"already finished, so no gradients are logged: {', '.join(without)}"
+        console.print(line, soft_wrap=True)
+
+
+def default_workers() -> int:
+    """Return 2 for a single CPU device, whose cores a small network does not fill, else 1.
+
+    Faster devices need no second network, and several processes must do the same at the same time.
+    """
+    return 2 if jax.default_backend() == "cpu" and jax.device_count() == 1 else 1
+
+
+def check_workers(workers: int | None) -> None:
+    """Check that several networks can be trained at a time.
+
+    Raises:
+      SettingError: there are several devices.
+    """
+    if workers and workers > 1 and jax.device_count() > 1:
+        # Devices could receive the programs of two threads in different orders, and programs that
+        # communicate across devices would then deadlock.
+        raise SettingError(
+            f"workers {workers} is for a single device, but there are "
+            f"{jax.device_count()}, which train one network together; leave it out"
+        )
+
+
+def name_kind(kind: str | Build) -> str:
+    """Return the name of a kind: `module:function` for a function."""
+    return kind if isinstance(kind, str) else f"{kind.__module__}:{kind.__qualname__}"
+
+
+def load_builder(kind: str | Build) -> Build | None:
+    """Return the function that builds a custom network, or None for the library's own kinds.
+
+    A function given by name is imported, also from the working directory.
+
+    Raises:
+      SettingError: it cannot be imported.
+    """
+    if not isinstance(kind, str):
+        return kind
+    if ":" not in kind:
+        return None
+    module_name, _, function = kind.partition(":")
+    sys.path.insert(0, os.getcwd())
+    importlib.invalidate_caches()
+    try:
+        return getattr(importlib.import_module(module_name), function)
+    except Exception as error:  # the user's code may raise anything
+        raise SettingError(f"kinds {kind}: {type(error).__name__}: {error}") from error

@@ -1,0 +1,83 @@
+"""The outcome of a run, epoch by epoch."""
+
+import csv
+import io
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from flaxnets.decoding import Count
+from flaxnets.errors import InputError
+from flaxnets.files import write_atomic
+from flaxnets.parallel import is_primary
+
+Status = Literal["finished", "diverged", "unfinished"]
+Row = dict[str, int | float]
+
+
+def metrics_of(splits: Iterable[str]) -> tuple[str, ...]:
+    """Return the columns of `metrics.csv` if these splits are evaluated every epoch."""
+    return (
+        *("epoch", "step", "learning_rate", "running_train_loss", "running_train_error"),
+        *(f"{split}_{metric}" for split in splits for metric in ("loss", "error")),
+        "seconds",
+    )
+
+
+METRICS = metrics_of(("train", "test"))  # columns for the runs of a study
+
+
+@dataclass(frozen=True)
+class RunResult:
+    """Outcome of a run; `rows` has one entry per finished epoch, keyed by `metrics_of(splits)`."""
+
+    status: Status
+    rows: list[Row]
+    step: Count
+    seconds: float
+    diverged_step: Count | None
+
+    def __post_init__(self) -> None:
+        columns = set(self.columns)
+        if not columns >= set(metrics_of(())) or any(row.keys() != columns for row in self.rows):
+            raise InputError("its rows do not have the columns of metrics.csv")
+
+    @property
+    def columns(self) -> tuple[str, ...]:
+        """Columns of `metrics.csv`; those of a study's run before the first epoch has ended."""
+        return tuple(self.rows[0]) if self.rows else METRICS
+
+    def check_splits(self, columns: Sequence[str] = METRICS) -> "RunResult":
+        """Return the result itself if its rows have these columns.
+
+        Raises:
+          InputError: other splits were evaluated.
+        """
+        if self.rows and set(self.columns) != set(columns):
+            raise InputError("its rows do not have the columns of metrics.csv")
+        return self
+
+    def final(self, metric: str) -> float:
+        """Return the metric at the end of the run; NaN if the run has not ended."""
+        return self.rows[-1][metric] if self.rows and self.status != "unfinished" else float("nan")
+
+
+def write_metrics(directory: Path, rows: list[Row], columns: Sequence[str] = METRICS) -> None:
+    """Write `metrics.csv` to a run directory: one row per epoch, floats in full precision."""
+    if not is_primary():
+        return
+    text = io.StringIO()
+    writer = csv.DictWriter(text, columns, lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    write_atomic(directory / "metrics.csv", text.getvalue())
+
+
+def best_epoch(rows: list[Row]) -> int | None:
+    """Return the index of the first finite row with the lowest validation error, or None."""
+    errors = [row.get("validation_error", math.nan) for row in rows]
+    losses = [row.get("validation_loss", math.nan) for row in rows]
+    finite = [i for i in range(len(rows)) if math.isfinite(errors[i]) and math.isfinite(losses[i])]
+    return min(finite, key=lambda i: errors[i], default=None)
