@@ -1,26 +1,20 @@
-"""What the README shows runs as it stands there."""
+"""What README.md and docs/ show runs as it stands there."""
 
 import os
 import re
 import shutil
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import safetensors.torch
 import torch
 
+import flaxnets
+from tests.pages import BLOCKS, PAGES, ROOT, TEXTS, block
 from tests.reference import torchvision_network
 
-ROOT = Path(__file__).parents[1]
-README = (ROOT / "README.md").read_text()
-BLOCKS = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
-
-
-def block(marker):
-    (found,) = [code for code in BLOCKS if marker in code]
-    return found
+LINK = re.compile(r"\]\(([^)\s]+)\)")
 
 
 @pytest.fixture
@@ -43,17 +37,47 @@ def run(data_dir, tmp_path):
 
 def test_every_block_is_tested_here():
     markers = ("def build(", "flaxnets.restore(", "make_train_step(", "list_models()")
-    markers += ("num_classes=None", "load_torch(")
+    markers += ("num_classes=None", "load_torch(", '"runs/digits"', '"runs/short"')
     assert len(BLOCKS) == len(markers)
+    assert len({block(marker) for marker in markers}) == len(markers)
+
+
+def test_all_pages_are_listed():
+    pages = {path for path in (ROOT / "docs").rglob("*.md") if "_build" not in path.parts}
+    assert set(PAGES) == {ROOT / "README.md", *pages}
+
+
+def anchors(text):
+    """The anchors of a page's headings, as GitHub and MyST make them."""
+    headings = re.findall(
+        r"^#+ (.*)$", re.sub(r"```.*?```", "", text, flags=re.DOTALL), re.MULTILINE
+    )
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+@pytest.mark.parametrize(
+    "page",
+    [*PAGES, ROOT / ".github" / "CONTRIBUTING.md"],
+    ids=lambda page: str(page.relative_to(ROOT)),
+)
+def test_every_link_leads_somewhere(page):
+    for target in LINK.findall(page.read_text()):
+        if re.match(r"https?://", target):
+            continue
+        path, _, anchor = target.partition("#")
+        there = (page.parent / path).resolve() if path else page
+        assert there.exists(), target
+        assert not anchor or anchor in anchors(there.read_text()), target
 
 
 def test_every_promise_is_kept_by_a_test():
-    section = README.split("## What it promises")[1].split("\n## ")[0]
+    page = ROOT / "docs" / "guarantees.md"
+    section = TEXTS[page].split("## What it promises")[1].split("\n## ")[0]
     rows = [line for line in section.splitlines() if line.startswith("| **")]
     assert len(rows) == 10
     last = ""
     for row in rows:
-        for path, name in re.findall(r"\((tests/\S+\.py)\)|`(test_\w+)`", row.split("|")[2]):
+        for path, name in re.findall(r"\(\.\./(tests/\S+\.py)\)|`(test_\w+)`", row.split("|")[2]):
             last = path or last
             assert not name or f"def {name}(" in (ROOT / last).read_text(), (last, name)
         assert "`test_" in row.split("|")[2]
@@ -96,6 +120,16 @@ def test_a_training_loop_of_ones_own(run):
     epoch, _, error = last.split()
     assert epoch == "9"
     assert float(error) < 10
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not hasattr(flaxnets, "Study"), reason="there is no flaxnets.Study")
+@pytest.mark.parametrize("marker", ['"runs/digits"', '"runs/short"'])
+def test_a_study_from_python(run, tmp_path, marker):
+    pytest.importorskip("pandas")
+    code = block(marker).replace("(18, 34, 56)", "(8, 10)").replace("(0, 1, 2)", "(0,)")
+    assert "training error" in run("-c", code)
+    assert (tmp_path / marker.strip('"') / "summary.csv").exists()
 
 
 def test_restore(run, study, tmp_path):

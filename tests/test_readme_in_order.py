@@ -1,4 +1,5 @@
-"""The README's commands, typed one after the other as they stand there, with tiny recipes.
+"""The commands of README.md and docs/, typed one after the other as they stand there, with tiny
+recipes.
 
 Each has to work after those before it: one that trains in a directory of theirs may be refused.
 """
@@ -15,10 +16,10 @@ from flaxnets.cli.main import run_command
 from flaxnets.data import datasets
 from flaxnets.training import RECIPES
 from tests.conftest import load_script
-from tests.test_readme import README, block
+from tests.pages import TEXTS, block
 
 COMMAND = re.compile(r"python experiments/(\w+)\.py([^`#\n]*)|\$ rm (\S+)")
-# Depths that compile quickly stand for those of the README.
+# Depths that compile quickly stand for those of the pages.
 DEPTHS = {"18": "8", "34": "10", "56": "12"}
 # They compare with other libraries for minutes, or need a second machine.
 NOT_TYPED = {"benchmark", "benchmark_stream", "torch_study", "digits_grid"}
@@ -73,7 +74,7 @@ def place(tmp_path, monkeypatch, data_dir, digits):
 @pytest.mark.slow
 def test_every_command_works_after_those_before_it(place, capsys):
     typed, broken = [], Path("pictures/dog/broken.jpg")
-    for script, arguments, removed in COMMAND.findall(README):
+    for script, arguments, removed in COMMAND.findall("\n".join(TEXTS.values())):
         if removed:
             Path(removed).unlink()
             continue

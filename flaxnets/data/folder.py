@@ -87,7 +87,7 @@ def find_folder(
     test_fraction: float = 0.2,
     on_progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> StreamedDataset:
-    """Create a data set from the pictures in `path`, which has one of two layouts:
+    """Create a data set from the pictures in `path`, which has one of two layouts::
 
         path/train/<class>/*.jpg and path/test/<class>/*.jpg (or val, or validation)
         path/<class>/*.jpg

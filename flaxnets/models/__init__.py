@@ -94,7 +94,7 @@ def create_model(
       overrides: attributes of the module, such as `shortcut="C"` or `dtype=jnp.bfloat16`.
 
     Returns:
-      A Linen module: `init(key, images, train=False)` and `apply(variables, images, train=False)`
+      A Linen module. `init(key, images, train=False)` and `apply(variables, images, train=False)`
       take NHWC float images and give `params`, `batch_stats` (if it has BatchNorm) and logits
       `(batch, num_classes)`. Training a network with dropout takes `rngs={"dropout": key}`.
 

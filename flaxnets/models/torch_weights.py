@@ -67,8 +67,8 @@ def load_torch(
         (from seed 0), even if the weights have none; `num_classes=None` drops the classifier.
 
     Returns:
-      The module, and `variables` for its `apply`: `params` and, with BatchNorm, `batch_stats`, in
-      the model's `param_dtype`.
+      The module, and the `variables` for its `apply` in the model's `param_dtype`. They have
+      `params` and, with BatchNorm, `batch_stats`.
 
     Raises:
       InputError: the weights cannot be read or do not fit the network; the message names the
