@@ -85,6 +85,15 @@ def set_title(figure: Figure, title: str, **place: Any) -> None:
         text.set_parse_math(False)
 
 
+class NotebookFigure(Figure):
+    """A figure that a notebook shows by itself; others have to be pyplot's for that."""
+
+    def _repr_png_(self) -> bytes:
+        picture = io.BytesIO()
+        self.savefig(picture, format="png")
+        return picture.getvalue()
+
+
 def draw_errors(networks: Sequence[Network]) -> Figure:
     """Draw a panel per kind, a colour per depth: training error solid and bold, test error dashed.
 
@@ -94,7 +103,7 @@ def draw_errors(networks: Sequence[Network]) -> Figure:
     """
     kinds = list(dict.fromkeys(network.kind for network in networks))
     colours = colour_depths(network.depth for network in networks)
-    figure = Figure(figsize=(max(4.4 * len(kinds), 6.4), 5.0), layout="constrained")
+    figure = NotebookFigure(figsize=(max(4.4 * len(kinds), 6.4), 5.0), layout="constrained")
     axes = figure.subplots(1, len(kinds), sharex=True, sharey=True, squeeze=False)[0]
     scale_errors(axes[0], _list_errors(networks))
     for ax, kind in zip(axes, kinds, strict=True):
