@@ -15,7 +15,7 @@ from flaxnets.studies import grid
 from flaxnets.studies.results import SUMMARY
 from flaxnets.training import RECIPES, CheckpointEvery
 from tests.factories import make_run
-from tests.studies import assert_same_study
+from tests.processes import assert_same_study
 
 TWO_EPOCHS = replace(RECIPES["digits"], epochs=2)
 SMALL_BATCHES = replace(RECIPES["digits"], batch_size=20, epochs=1)

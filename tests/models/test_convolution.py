@@ -17,7 +17,7 @@ from flaxnets.models.convolution import (
     ordinary_conv,
 )
 from flaxnets.models.onednn import has_onednn, passes_check
-from tests.studies import COMMAND, finish
+from tests.processes import COMMAND, finish
 
 
 @contextmanager

@@ -39,9 +39,9 @@ from flaxnets.training import RunResult
 from flaxnets.training.config import DatasetConfig, ModelConfig, read_config
 from flaxnets.training.environment import Environment
 from flaxnets.training.result import METRICS
+from tests.commands.test_hostile import HOSTILE, changed, places
 from tests.conftest import load_script
 from tests.factories import make_run
-from tests.test_hostile import HOSTILE, changed, places
 
 FLAGS = """--headless=new --no-sandbox --disable-gpu --no-first-run --disable-background-networking
 --disable-component-update --disable-sync --disable-quic"""
@@ -544,7 +544,7 @@ def configs_of(degradation, arguments, data_dir):
     [
         "--depths 8,10",
         "--depths 8 --kinds residual --seeds 0,3",
-        "--depths 8 --kinds plain,tests.test_report:build --seeds 5",
+        "--depths 8 --kinds plain,tests.commands.test_report:build --seeds 5",
         "--depths 8 --batch-size 64 --epochs 3 --learning-rate 0.05",
         "--depths 18 --family imagenet --shortcut B --stem small --precision bfloat16",
         "--depths 8 --train-examples 500 --recipe modern-cifar",

@@ -1,6 +1,6 @@
 """Run the study command and die of SIGKILL at a named place.
 
-python tests/dying.py PLACE ARGUMENTS...
+python tests/commands/dying.py PLACE ARGUMENTS...
 """
 
 import os

@@ -3,7 +3,7 @@ import sys
 
 import pytest
 
-from tests.studies import finish
+from tests.processes import finish
 
 SCRIPT = """
 import resource

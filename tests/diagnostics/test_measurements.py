@@ -35,9 +35,9 @@ from flaxnets.diagnostics import construction as construction_module
 from flaxnets.diagnostics.finding import NotPossibleError, write_numbers
 from flaxnets.diagnostics.study import Setting
 from flaxnets.models.stacking import stack_blocks
+from tests.diagnostics.test_figures import MADE
 from tests.factories import make_run
 from tests.helpers import quick_jit, random_images, random_variables
-from tests.test_diagnostic_figures import MADE
 
 LABELS = np.arange(12) % 10
 

@@ -265,7 +265,7 @@ def test_fuzzed_studies(study, tmp_path):
 def watched():
     """A context in which no file outside a directory is opened, and nothing is run or imported."""
     state = {"run": None, "seen": []}
-    allowed = (sys.prefix, sys.base_prefix, "/proc", "/sys", "/dev", str(Path(__file__).parents[1]))
+    allowed = (sys.prefix, sys.base_prefix, "/proc", "/sys", "/dev", str(Path(__file__).parents[2]))
 
     def hook(event, arguments):
         if state["run"] is None:

@@ -8,11 +8,11 @@ import time
 import numpy as np
 import pytest
 
-from tests.studies import COMMAND, ROOT, assert_same_study, finish, start, without_seconds
+from tests.processes import COMMAND, ROOT, assert_same_study, finish, start, without_seconds
 
 pytestmark = pytest.mark.slow
 
-RUN = (sys.executable, ROOT / "tests" / "float64_run.py")
+RUN = (sys.executable, ROOT / "tests" / "commands" / "float64_run.py")
 
 
 def devices(count):

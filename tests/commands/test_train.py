@@ -20,7 +20,7 @@ import flaxnets
 from flaxnets.cli.main import run_command
 from flaxnets.training import RECIPES, checkpoints
 from flaxnets.training.manifest import write_manifest
-from tests.studies import ROOT, assert_same_run, finish, start
+from tests.processes import ROOT, assert_same_run, finish, start
 
 COMMAND = (sys.executable, ROOT / "experiments" / "train.py")
 SMALL = (

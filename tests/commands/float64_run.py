@@ -1,6 +1,6 @@
 """Train a small network in float64, whose runs on any number of devices can be compared.
 
-    python tests/float64_run.py DIRECTORY STOP_AT [HOST:PORT,PROCESSES,INDEX]
+    python tests/commands/float64_run.py DIRECTORY STOP_AT [HOST:PORT,PROCESSES,INDEX]
 
 goes on from DIRECTORY's newest checkpoint, or from the start, to update STOP_AT of 20, on every
 device there is, and leaves the final state in DIRECTORY/state.npz.

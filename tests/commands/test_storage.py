@@ -15,7 +15,7 @@ from flaxnets.cli.progress import RunProgress
 from flaxnets.errors import StorageError
 from flaxnets.files import write_atomic
 from flaxnets.studies.results import read_runs
-from tests.studies import COMMAND, finish
+from tests.processes import COMMAND, finish
 
 # Orbax's tasks go on for a moment after an error that has been raised.
 pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")

@@ -17,7 +17,7 @@ from flaxnets.errors import InputError
 from flaxnets.studies.directory import check_output_dir, lock_directory
 from flaxnets.text import duration
 from flaxnets.training import Progress
-from tests.studies import COMMAND, ROOT
+from tests.processes import COMMAND, ROOT
 
 # A command that prints, fails or is interrupted, as a real process of its own.
 TINY = """

@@ -22,9 +22,9 @@ from flaxnets.studies.estimate import Probe
 from flaxnets.studies.results import group_runs
 from flaxnets.training import RunResult
 from tests.factories import make_run
-from tests.studies import assert_same_study
+from tests.processes import assert_same_study
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 
 MY_NETS = """
 import flax.linen as nn

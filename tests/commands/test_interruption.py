@@ -8,8 +8,8 @@ import time
 
 import pytest
 
-from tests.dying import PLACES
-from tests.studies import COMMAND, assert_same_study, finish, start, without_seconds
+from tests.commands.dying import PLACES
+from tests.processes import COMMAND, assert_same_study, finish, start, without_seconds
 
 pytestmark = pytest.mark.slow
 
@@ -42,7 +42,7 @@ def test_killed_at_every_place_one_after_the_other(arguments, uninterrupted, tmp
     out = tmp_path / "out"
     for place in PLACES:
         status, _, err = finish(
-            *(sys.executable, "-m", "tests.dying", place, *arguments, "--out", out)
+            *(sys.executable, "-m", "tests.commands.dying", place, *arguments, "--out", out)
         )
         assert status == -signal.SIGKILL, (place, status, err)
         assert "Traceback" not in err, (place, err)
