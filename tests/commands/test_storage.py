@@ -1,7 +1,5 @@
 """Full disks and vanished directories: one clear line, nothing lost, and on from there."""
 
-import errno
-import os
 import shutil
 import subprocess
 import sys
@@ -12,8 +10,6 @@ import pytest
 
 from flaxnets.cli.main import run_command
 from flaxnets.cli.progress import RunProgress
-from flaxnets.errors import StorageError
-from flaxnets.files import write_atomic
 from flaxnets.studies.results import read_runs
 from tests.processes import COMMAND, finish
 
@@ -130,24 +126,3 @@ def at_step(monkeypatch, step, happens):
         update(self, progress, force)
 
     monkeypatch.setattr(RunProgress, "update", watch)
-
-
-def test_what_was_there_stays(tmp_path, monkeypatch):
-    """Where no file system can be mounted: the system's own errors, made up."""
-    path = tmp_path / "file"
-    write_atomic(path, "old")
-    for number, words in (
-        (errno.ENOSPC, r"needs about 2\.0 MB, and .* is free"),
-        (errno.EDQUOT, r"needs about 2\.0 MB"),
-        (errno.EACCES, "no permission to write in"),
-        (errno.EIO, "Input/output error"),
-    ):
-
-        def fail(_, number=number):
-            raise OSError(number, os.strerror(number))
-
-        monkeypatch.setattr(os, "fsync", fail)
-        with pytest.raises(StorageError, match=rf"{path} cannot be written: .*{words}"):
-            write_atomic(path, "n" * 2_000_000)
-        assert path.read_text() == "old"
-        assert list(tmp_path.iterdir()) == [path]
