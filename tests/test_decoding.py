@@ -8,6 +8,8 @@ import pytest
 from flaxnets.decoding import Count, Finite, decode, encode
 from flaxnets.errors import InputError
 
+pytestmark = pytest.mark.unit
+
 
 @dataclass(frozen=True)
 class Inner:

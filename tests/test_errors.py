@@ -7,6 +7,8 @@ import pytest
 
 from flaxnets.errors import DamageWarning, FallbackWarning, InputError, StorageError, nearest
 
+pytestmark = pytest.mark.unit
+
 NAME = "a\x1b[2Jb\n" + os.fsdecode(b"\xff") + ".png"
 
 

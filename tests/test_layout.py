@@ -7,6 +7,8 @@ import pytest
 
 import flaxnets
 
+pytestmark = pytest.mark.unit
+
 ROOT = Path(flaxnets.__file__).parent
 # From top to bottom: each may import those below it, and all may import the other modules ("").
 ORDER = ("study", "cli", "diagnostics", "reporting", "studies", "training", "models", "data", "")

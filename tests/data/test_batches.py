@@ -7,6 +7,8 @@ from PIL import Image
 from flaxnets.data import Augmentation, Preprocess, batch_indices, epoch_order
 from flaxnets.data.batches import COLOUR_DIRECTIONS, COLOUR_SCALES
 
+pytestmark = pytest.mark.unit
+
 
 def test_an_epoch_visits_each_example_at_most_once_and_epochs_differ():
     key = jax.random.key(0)

@@ -10,6 +10,8 @@ from flaxnets.data import Augmentation, Crop
 from flaxnets.decoding import decode, encode
 from flaxnets.training import RECIPES
 
+pytestmark = pytest.mark.unit
+
 
 @pytest.mark.parametrize("name", ["resized", "scaled", "fixed", "none"])
 def test_crops_are_stored_by_name(name):

@@ -17,6 +17,8 @@ from flaxnets.data.folder import find_folder
 from flaxnets.data.images import _check_pixels, check_picture
 from flaxnets.errors import FallbackWarning
 
+pytestmark = pytest.mark.unit
+
 
 def save(path: Path, colour=(200, 30, 90), size=(9, 7), mode="RGB", **options) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -9,6 +9,8 @@ from flaxnets import InputError
 from flaxnets.data.crops import Crop, fit_box, resized_box
 from flaxnets.data.images import PIXELS_FOR_ONE, _cut, _decode, decode_crop, open_image
 
+pytestmark = pytest.mark.unit
+
 
 def decode_image(data: bytes, channels: int, at_least=None) -> Image.Image:
     """The whole picture, as `decode_crop` decodes it before it crops."""

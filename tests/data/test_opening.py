@@ -19,6 +19,8 @@ from flaxnets.data.folder import find_folder
 from flaxnets.data.stream import load_in_memory, stream_dataset
 from tests.data.test_datasets import make_dataset, random_images
 
+pytestmark = pytest.mark.unit
+
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):

@@ -32,6 +32,8 @@ from flaxnets.reporting import figures
 from flaxnets.reporting.figures import colour_depths
 from flaxnets.reporting.findings import Table, read_findings, write_finding
 
+pytestmark = pytest.mark.unit
+
 NETWORKS = ("plain-8", "plain-14", "residual-8", "residual-14")
 # Of depth 6 no network is looked into, but it has its colour.
 SETTING = Setting("digits", 220, 0, (6, 8, 14))

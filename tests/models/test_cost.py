@@ -4,6 +4,8 @@ import pytest
 from flaxnets.models import create_model, published_image_shape
 from flaxnets.models.cost import Cost, count_cost, count_depth, list_layers
 
+pytestmark = pytest.mark.unit
+
 
 class Positions(nn.Module):
     """A module that takes nothing."""

@@ -9,6 +9,8 @@ from flaxnets.reporting.tables import differences_table
 from flaxnets.studies.results import group_runs
 from tests.factories import make_run
 
+pytestmark = pytest.mark.unit
+
 
 def networks(errors, status="finished"):
     """Plain networks: depth -> final training error of each seed."""

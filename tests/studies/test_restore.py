@@ -10,6 +10,7 @@ import pytest
 
 import flaxnets
 from flaxnets.errors import DamageWarning
+from flaxnets.studies.results import read_runs
 from flaxnets.training.manifest import write_manifest
 
 SCRIPT = """
@@ -50,6 +51,14 @@ def test_a_fresh_process_gives_the_tables_test_error(study, digits, tmp_path):
     error, rest = finished.stdout.split(" ", 1)
     assert error == row["test_error"]
     assert rest.strip() == f"22 {tuple('0123456789')}"
+
+
+def test_runs_are_read_back(study):
+    runs = read_runs(study.out)
+    names = [(run.kind, run.depth, run.seed) for run in runs]
+    assert names == [("plain", 8, 0), ("residual", 8, 0)]
+    assert {run.result.status for run in runs} == {"finished"}
+    assert {run.config.parameters for run in runs} == {75_002}
 
 
 def test_what_is_restored(study):

@@ -24,12 +24,13 @@ from flaxnets.studies.results import (
     check_study,
     group_runs,
     open_study,
-    read_runs,
     write_summary,
 )
 from flaxnets.training import RECIPES, StudyConfig
 from flaxnets.training.environment import record_environment
 from tests.factories import make_run, make_study_config
+
+pytestmark = pytest.mark.unit
 
 DEFINITION = make_study_config()
 
@@ -201,14 +202,6 @@ def test_one_process_at_a_time(tmp_path):
         pass
     with (tmp_path / ".lock").open("a+") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # free again
-
-
-def test_runs_are_read_back(study):
-    runs = read_runs(study.out)
-    names = [(run.kind, run.depth, run.seed) for run in runs]
-    assert names == [("plain", 8, 0), ("residual", 8, 0)]
-    assert {run.result.status for run in runs} == {"finished"}
-    assert {run.config.parameters for run in runs} == {75_002}
 
 
 def test_dollars_and_underscores_in_names_are_no_formulas(tmp_path):

@@ -14,6 +14,8 @@ from flaxnets.studies.restore import build_model
 from flaxnets.training.config import DatasetConfig, InitFrom, ModelConfig, comparable, read_config
 from tests.factories import make_run_config, make_study_config
 
+pytestmark = pytest.mark.unit
+
 RESULTS = Path(__file__).parents[2] / "experiments" / "results"
 STORED = sorted(RESULTS.rglob("config.json"))
 

@@ -12,6 +12,8 @@ from flaxnets.errors import InputError
 from flaxnets.training import RECIPES, Recipe
 from flaxnets.training.recipes import describe_fields, observe_plateau, plateau_scale
 
+pytestmark = pytest.mark.unit
+
 
 def test_he2015_cifar_is_the_papers():
     recipe = RECIPES["he2015-cifar"]
