@@ -201,7 +201,11 @@ def add_study_options(parser: ArgumentParser) -> None:
     add("--family", default="cifar", help="cifar (default) or imagenet")
     add("--shortcut", default="A", help="A (default), B or C, as in section 3.3 of the paper")
     add("--stem", help="imagenet or small (default: the family's own)")
-    add("--dataset", default="digits", help="digits (default) or any prepared TFDS data set")
+    add(
+        "--dataset",
+        default="digits",
+        help="digits (default), any prepared TFDS data set, or folder:PATH",
+    )
     add("--data-dir", type=Path, help="TFDS data directory (default: TFDS's own)")
     add(
         "--train-examples",

@@ -1,19 +1,24 @@
 """A study as a value: what it refuses, and that it is what the command does."""
 
 import csv
+import json
 import threading
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
 from matplotlib.figure import Figure
+from PIL import Image
 
 import flaxnets
+from flaxnets.cli.main import run_command
 from flaxnets.data import Dataset, Preprocess, Split
 from flaxnets.errors import SettingError
 from flaxnets.studies import grid
 from flaxnets.studies.results import SUMMARY
 from flaxnets.training import RECIPES, CheckpointEvery
+from tests.conftest import load_script
 from tests.factories import make_run
 from tests.processes import assert_same_study
 
@@ -150,3 +155,52 @@ def test_runs_that_have_ended_are_not_planned_again(digits):
     ]
     assert [config.seed for _, config in plan.unfinished(runs)] == [2, 3]
     assert plan.total_steps == 220
+
+
+def make_pictures(folder: Path) -> None:
+    """Two classes, dark and bright, of pictures that differ in size."""
+    rng = np.random.default_rng(0)
+    for split, count in (("train", 6), ("test", 3)):
+        for label, (low, high) in {"dark": (0, 100), "bright": (100, 256)}.items():
+            (folder / split / label).mkdir(parents=True)
+            for number in range(count):
+                pixels = rng.integers(low, high, (20 + number, 30, 3), np.uint8)
+                Image.fromarray(pixels).save(folder / split / label / f"{number}.png")
+
+
+def test_a_folder_of_pictures(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Trained, evaluated and diagnosed like any other data set, and resumed when it has moved."""
+    monkeypatch.chdir(tmp_path)
+    make_pictures(tmp_path / "pictures")
+    one_step = replace(RECIPES["digits"], batch_size=4, epochs=None, steps=1)
+    study = flaxnets.Study((8,), kinds=["plain"], dataset="folder:pictures", recipe=one_step)
+    assert str(study.default_out) == "runs/degradation/pictures-cifar"
+    (row,) = study.train("out").rows
+    assert row["status"] == "finished"
+    directory = tmp_path / "out" / "plain-8" / "seed-0"
+    run = flaxnets.restore(directory)
+    assert run.class_names == ("bright", "dark")
+    assert run.preprocess.image_shape == (32, 32, 3)  # as published
+    assert run.config.dataset.path == str(tmp_path / "pictures")
+
+    assert run_command(load_script("evaluate").main, [str(directory)]) == 0
+    evaluation = json.loads((directory / "evaluation-test" / "evaluation.json").read_text())
+    assert evaluation["top1_error"] == pytest.approx(row["test_error"])
+    diagnostics = load_script("diagnostics")
+    assert run_command(diagnostics.main, ["out", "--only", "responses", "--images", "4"]) == 0
+    assert (tmp_path / "out" / "diagnostics" / "responses.png").exists()
+
+    (tmp_path / "pictures").rename("elsewhere")
+    moved = replace(study, dataset="folder:elsewhere", seeds=(0, 1))
+    assert moved.train("out").rows[0] == row
+    capsys.readouterr()
+    for script, argument in (("evaluate", str(directory)), ("diagnostics", "out")):
+        assert run_command(load_script(script).main, [argument]) == 2
+        assert "which is gone; put them back, or evaluate the run with" in capsys.readouterr().err
+    there = [str(directory), "--dataset", "folder:elsewhere"]
+    assert run_command(load_script("evaluate").main, there) == 0
+    next((tmp_path / "elsewhere" / "train" / "dark").iterdir()).unlink()
+    with pytest.raises(flaxnets.InputError, match=r"dataset\.sha256"):
+        moved.train("out")

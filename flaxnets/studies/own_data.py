@@ -111,6 +111,6 @@ def _find_own_folder(own: DatasetConfig, where: object) -> str:
     if not os.path.isdir(folder):
         raise InputError(
             f"the pictures that {where} was trained on were in {folder}, which is gone; "
-            "give the folder where they are now: --dataset folder:NEW"
+            "put them back, or evaluate the run with --dataset folder:NEW"
         )
     return folder
