@@ -7,13 +7,13 @@ from rich.console import Console
 from flaxnets.reporting.comparison import bootstrap_interval, depth_pairs, paired_differences
 from flaxnets.reporting.tables import differences_table
 from flaxnets.studies.results import group_runs
-from tests.test_study import made_run
+from tests.factories import make_run
 
 
 def networks(errors, status="finished"):
     """Plain networks: depth -> final training error of each seed."""
     runs = [
-        made_run("plain", depth, seed, status, errors=(90.0, error))
+        make_run("plain", depth, seed, status, errors=(90.0, error))
         for depth, finals in errors.items()
         for seed, error in enumerate(finals)
     ]
@@ -29,7 +29,7 @@ def printed(curves):
 def test_seeds_are_paired():
     shallow, deep = networks({8: [1.0, 2.0, 5.0], 14: [4.0, 3.0]})
     assert paired_differences(shallow, deep, "train_error") == [3.0, 1.0]
-    deep.runs[0] = made_run("plain", 14, 0, "diverged")
+    deep.runs[0] = make_run("plain", 14, 0, "diverged")
     assert paired_differences(shallow, deep, "train_error") == [1.0]
 
 
