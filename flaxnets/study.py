@@ -16,7 +16,7 @@ from jax.sharding import Mesh
 from matplotlib.figure import Figure
 from rich.console import Console
 
-from flaxnets.cli.arguments import check_batch_size, check_choice
+from flaxnets.cli.arguments import check_choice
 from flaxnets.cli.progress import StudyProgress, plain_console
 from flaxnets.data import Dataset, inspect_dataset
 from flaxnets.diagnostics import GradientLog
@@ -46,6 +46,7 @@ from flaxnets.training.config import (
     Stem,
     StudyConfig,
 )
+from flaxnets.training.recipes import check_batch_size
 
 
 @dataclass(frozen=True)
