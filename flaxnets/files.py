@@ -1,10 +1,12 @@
 """Atomic file writes, and clear errors when they fail."""
 
+import csv
 import errno
+import io
 import os
 import re
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -66,6 +68,19 @@ def set_aside(path: Path, suffix: str) -> Path:
         aside = path.with_name(f"{path.name}.{suffix}-{number}")
     path.rename(aside)
     return aside
+
+
+def write_csv(path: Path, columns: Sequence[str], rows: Iterable[Mapping[str, object]]) -> None:
+    """Write a CSV file atomically, floats in full precision and None as an empty cell.
+
+    Raises:
+      StorageError: as `write_atomic`.
+    """
+    text = io.StringIO()
+    writer = csv.DictWriter(text, columns, lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    write_atomic(path, text.getvalue())
 
 
 @contextmanager

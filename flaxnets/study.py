@@ -29,7 +29,7 @@ from flaxnets.studies.directory import check_output_dir, run_directory
 from flaxnets.studies.grid import Plan, PlannedNetwork, plan_network, train_grid
 from flaxnets.studies.restore import Build
 from flaxnets.studies.results import (
-    Network,
+    NetworkResults,
     Run,
     group_runs,
     open_study,
@@ -259,7 +259,7 @@ class StudyResults:
     runs: list[Run]
 
     @property
-    def networks(self) -> list[Network]:
+    def networks(self) -> list[NetworkResults]:
         """Runs grouped by kind and depth."""
         return group_runs(self.runs)
 
