@@ -85,7 +85,7 @@ def set_title(figure: Figure, title: str, **place: Any) -> None:
         text.set_parse_math(False)
 
 
-class NotebookFigure(Figure):
+class _NotebookFigure(Figure):
     """A figure that a notebook shows by itself; others have to be pyplot's for that."""
 
     def _repr_png_(self) -> bytes:
@@ -103,7 +103,7 @@ def draw_errors(networks: Sequence[NetworkResults]) -> Figure:
     """
     kinds = list(dict.fromkeys(network.kind for network in networks))
     colours = colour_depths(network.depth for network in networks)
-    figure = NotebookFigure(figsize=(max(4.4 * len(kinds), 6.4), 5.0), layout="constrained")
+    figure = _NotebookFigure(figsize=(max(4.4 * len(kinds), 6.4), 5.0), layout="constrained")
     axes = figure.subplots(1, len(kinds), sharex=True, sharey=True, squeeze=False)[0]
     scale_errors(axes[0], _list_errors(networks))
     for ax, kind in zip(axes, kinds, strict=True):
