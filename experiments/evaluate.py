@@ -14,7 +14,6 @@ if __name__ == "__main__":
     # Importing takes seconds: until `run_command`, Ctrl-C ends the process without a traceback.
     signal.signal(signal.SIGINT, signal.SIG_DFL)
 
-import os
 import re
 import sys
 from dataclasses import dataclass, replace
@@ -30,7 +29,7 @@ from flaxnets.cli.main import run_command
 from flaxnets.cli.progress import CheckProgress, plain_console
 from flaxnets.data import UnreadDataset, inspect_dataset
 from flaxnets.errors import InputError
-from flaxnets.files import storage_errors
+from flaxnets.files import check_writable, storage_errors
 from flaxnets.models import create_model
 from flaxnets.reporting.evaluation_figures import draw_confusion, draw_mistakes
 from flaxnets.reporting.evaluation_tables import (
@@ -201,7 +200,7 @@ def parse_arguments(arguments: list[str] | None) -> Options:
     options = Options(**vars(args))
     if options.out is None:
         options = replace(options, out=default_out(options))
-    check_out(options.out)
+    check_writable(options.out)
     return options
 
 
@@ -213,20 +212,6 @@ def default_out(options: Options) -> Path:
         dataset = Path(dataset.removeprefix("folder:")).resolve().name
     dataset = re.sub(r"[^\w.+-]+", "-", dataset)
     return Path("runs/evaluate") / f"{options.source.stem}-{dataset}-{options.split}"
-
-
-def check_out(out: Path) -> None:
-    """Check before the slow part that `out` can be written."""
-    try:
-        existing = out
-        while not existing.exists() and existing != existing.parent:
-            existing = existing.parent
-        if not existing.is_dir():
-            raise InputError(f"--out {out}: {existing} is a file; give a directory")
-        if not os.access(existing, os.W_OK | os.X_OK):
-            raise InputError(f"--out {out}: {existing} cannot be written; give another directory")
-    except OSError as error:
-        raise InputError(f"--out {out}: {error.strerror}; give another directory") from error
 
 
 if __name__ == "__main__":

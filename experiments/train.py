@@ -18,57 +18,36 @@ import contextlib
 import importlib.util
 import shlex
 import sys
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 from rich.console import Console
 
-from flaxnets.cli.arguments import (
-    ArgumentParser,
-    check_batch_size,
-    check_choice,
-    checkpoint_every,
-    positive,
-)
+from flaxnets.cli.arguments import ArgumentParser, check_choice, checkpoint_every, positive
 from flaxnets.cli.interruption import Interruption
 from flaxnets.cli.main import run_command
 from flaxnets.cli.memory import keep_memory
 from flaxnets.cli.progress import CheckProgress, StudyProgress, plain_console
 from flaxnets.cli.recipe_options import add_recipe_options, choose_recipe
-from flaxnets.data import Dataset, inspect_dataset
-from flaxnets.data.opening import Storage
 from flaxnets.data.slots import remove_leftovers
-from flaxnets.data.stream import StreamedDataset
 from flaxnets.errors import InputError
-from flaxnets.models import create_model, published_image_shape
+from flaxnets.models import create_model
 from flaxnets.parallel import make_deterministic
 from flaxnets.reporting.figures import draw_run
 from flaxnets.reporting.tables import recipes_table
 from flaxnets.studies.directory import check_output_dir, check_run
-from flaxnets.studies.init_from import begin_from, read_initial_weights
 from flaxnets.studies.single import (
     PlannedRun,
-    choose_preprocess,
+    RunSettings,
     describe,
     make_setup,
     open_run,
     plan_run,
-    read_begun,
-    split_off_validation,
     write_environments,
 )
 from flaxnets.text import millions, shorten
-from flaxnets.training import (
-    CheckpointEvery,
-    Checkpoints,
-    Progress,
-    Recipe,
-    RunResult,
-    TrainState,
-    train_run,
-)
-from flaxnets.training.config import DEEPEST, DTYPES, Precision, is_network
+from flaxnets.training import CheckpointEvery, Checkpoints, Progress, RunResult, train_run
+from flaxnets.training.config import DEEPEST, DTYPES, is_network
 from flaxnets.training.tensorboard import open_tensorboard
 
 DEFAULT_RECIPE = "adam"
@@ -76,25 +55,14 @@ DEFAULT_RECIPE = "adam"
 
 @dataclass(frozen=True)
 class Options:
-    """The command line."""
+    """The command line: a run, and how to run it."""
 
-    model: str
-    dataset: str
-    data_dir: Path | None
-    recipe: Recipe
-    seed: int
-    validation: int | None
-    patience: int | None
-    init_from: Path | None
-    freeze_backbone: bool
-    precision: Precision
-    storage: Storage
+    settings: RunSettings
+    out: Path
     data_workers: int
-    skip_unreadable: bool
     tensorboard: bool
     checkpoint_every: CheckpointEvery
     deterministic: bool
-    out: Path
     dry_run: bool
 
 
@@ -111,15 +79,15 @@ def main(arguments: list[str] | None = None) -> int:
 
     # Everything that can be refused is refused before the slow part.
     check_output_dir(options.out, "run")
-    run, begin = plan(options)
+    run = plan_run(options.settings, options.out, CheckProgress())
     check_run(options.out, run.config)
-    print_plan(console, options, run)
+    print_plan(console, options.settings, run)
     if options.dry_run:
         return 0
 
     command = shlex.join(["python", *sys.argv]) if arguments is None else "the same command"
     with Interruption(command) as interruption, open_run(options.out, run.config):
-        result = train(options, run, begin, console, interruption)
+        result = train(options, run, console, interruption)
     if interruption.signal is not None and result.status == "unfinished":
         interruption.print_resume_hint()
         return interruption.exit_status
@@ -129,58 +97,27 @@ def main(arguments: list[str] | None = None) -> int:
     return 0
 
 
-def plan(options: Options) -> tuple[PlannedRun, Callable[[TrainState], TrainState]]:
-    """Open the data, read the initial weights and build the network.
-
-    Returns:
-      The run, and the function that puts its initial weights into its first state.
-    """
-    recipe = options.recipe
-    dataset = open_data(options)
-    validates = recipe.schedule == "plateau" or options.patience is not None
-    data = split_off_validation(dataset, options.validation, validates)
-    check_batch_size(recipe.batch_size, len(data.train_rows))
-    if not 0 < recipe.total_steps(len(data.train_rows)) < 2**31:
-        raise InputError("--epochs and --steps: a run must have 1 to 2147483647 updates")
-    start = None
-    if options.init_from is not None:
-        classes, begun = tuple(dataset.class_names), read_begun(options.out)
-        start = read_initial_weights(options.init_from, options.model, classes, begun)
-    preprocess = choose_preprocess(options.model, dataset, recipe, start)
-    run = plan_run(
-        options.model,
-        data,
-        options.dataset,
-        recipe,
-        options.seed,
-        options.precision,
-        preprocess,
-        start,
-        options.freeze_backbone,
-        options.patience,
-    )
-    if start is None:
-        return run, lambda state: state
-    return run, begin_from(start, run.model, preprocess)
-
-
 def train(
     options: Options,
     run: PlannedRun,
-    begin: Callable[[TrainState], TrainState],
     console: Console,
     interruption: Interruption,
 ) -> RunResult:
     """Train with progress on the console; write the events, the figure and the environments."""
-    name = f"{options.model} seed {options.seed}"
-    setup = make_setup(run, options.data_workers, options.skip_unreadable)
+    settings, recipe = options.settings, options.settings.recipe
+    name = f"{settings.model} seed {settings.seed}"
+    setup = make_setup(run, options.data_workers, settings.skip_unreadable)
     with contextlib.ExitStack() as stack:
         write = stack.enter_context(open_tensorboard(options.out)) if options.tensorboard else None
         progress = stack.enter_context(
             StudyProgress(console, 0, 1, float(run.cost.work), interruption.unsaved)
         )
         shown = progress.start_run(
-            name, run.cost.work, setup.total_steps, setup.steps_per_epoch, options.recipe.batch_size
+            name,
+            run.cost.work,
+            setup.total_steps,
+            setup.steps_per_epoch,
+            settings.recipe.batch_size,
         )
 
         def on_progress(now: Progress) -> None:
@@ -190,52 +127,41 @@ def train(
 
         result = train_run(
             setup,
-            options.seed,
+            settings.seed,
             options.out,
             on_progress,
             interruption.requested,
             options.checkpoint_every,
             run.config,
-            begin,
+            run.begin,
         )
         if write is not None:
             write(result.rows)
         if result.rows:
-            title = f"{options.model} on {options.dataset}, recipe {options.recipe.name}, "
-            draw_run(result.rows, options.out / "errors.png", f"{title}seed {options.seed}")
+            title = f"{settings.model} on {settings.dataset}, recipe {recipe.name}, "
+            draw_run(result.rows, options.out / "errors.png", f"{title}seed {settings.seed}")
         write_environments(options.out)
         with Checkpoints(options.out, read_only=True, name="best") as best:
             shown.end(f"{name}: {describe(result, best.step)}")
     return result
 
 
-def print_plan(console: Console, options: Options, run: PlannedRun) -> None:
+def print_plan(console: Console, settings: RunSettings, run: PlannedRun) -> None:
     config, data = run.config, run.config.dataset
     height, width, channels = config.preprocess.input_shape
     validation = ""
     if data.validation_examples:
-        default = " (a tenth, by default)" if options.validation is None else ""
+        default = " (a tenth, by default)" if settings.validation is None else ""
         validation = f"{data.validation_examples:,} to validate{default}, "
     console.print(
-        f"{options.model}, {millions(config.parameters)} parameters, "
-        f"on {shorten(options.dataset, 200)} "
+        f"{settings.model}, {millions(config.parameters)} parameters, "
+        f"on {shorten(settings.dataset, 200)} "
         f"({'streamed' if data.streamed else 'in memory'}): {len(config.class_names)} classes, "
         f"{data.train_examples:,} images of {height}x{width}x{channels} to train, {validation}"
         f"{data.test_examples:,} to test; recipe {config.recipe.name}, "
         f"{config.total_steps:,} updates of {config.recipe.batch_size} images",
         soft_wrap=True,
     )
-
-
-def open_data(options: Options) -> Dataset | StreamedDataset:
-    """Open the images in memory or as a stream, by their size unless an option forces it."""
-    unread = inspect_dataset(
-        options.dataset, options.data_dir, options.skip_unreadable, CheckProgress()
-    )
-    size = options.recipe.image_size
-    if size is None and unread.image_shape is None:
-        size = published_image_shape(options.model)[0]
-    return unread.open(size, options.storage)
 
 
 def parse_arguments(arguments: list[str] | None) -> Options | None:
@@ -268,11 +194,11 @@ def parse_arguments(arguments: list[str] | None) -> Options | None:
         raise InputError(
             f"--model {args.model}: only networks of up to {DEEPEST} layers can be restored"
         )
-    return Options(
+    settings = RunSettings(
         model=args.model,
         dataset=args.dataset,
-        data_dir=args.data_dir,
         recipe=recipe,
+        data_dir=args.data_dir,
         seed=args.seed,
         validation=args.validation,
         patience=args.patience,
@@ -280,20 +206,25 @@ def parse_arguments(arguments: list[str] | None) -> Options | None:
         freeze_backbone=args.freeze_backbone,
         precision=args.precision,
         storage="stream" if args.stream else "memory" if args.in_memory else "auto",
-        data_workers=args.data_workers,
         skip_unreadable=args.skip_unreadable,
+    )
+    return Options(
+        settings=settings,
+        out=args.out or default_out(settings),
+        data_workers=args.data_workers,
         tensorboard=args.tensorboard,
         checkpoint_every=args.checkpoint_every,
         deterministic=args.deterministic,
-        out=args.out or default_out(args.dataset, args.model, args.recipe, args.seed),
         dry_run=args.dry_run,
     )
 
 
-def default_out(dataset: str, model: str, recipe: str, seed: int) -> Path:
+def default_out(settings: RunSettings) -> Path:
+    dataset = settings.dataset
     if dataset.startswith("folder:"):
         dataset = Path(dataset.removeprefix("folder:")).resolve().name or "folder"
-    return Path("runs/train") / f"{dataset}-{model}-{recipe}" / f"seed-{seed}"
+    name = f"{dataset}-{settings.model}-{settings.recipe.name}"
+    return Path("runs/train") / name / f"seed-{settings.seed}"
 
 
 def add_options(parser: ArgumentParser) -> None:

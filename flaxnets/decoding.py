@@ -6,6 +6,8 @@ dataclasses, so this module does.
 """
 
 import json
+from dataclasses import fields
+from enum import Enum
 from typing import Annotated, Any, TypeVar
 
 import msgspec
@@ -44,8 +46,15 @@ def decode(kind: type[T], value: object, what: str) -> T:
 
 def encode(value: object) -> Any:
     """Convert a typed value to JSON data, of which `decode` makes an equal value."""
-    # Python's own JSON has NaN and infinities, and no tuples.
-    return json.loads(json.dumps(msgspec.to_builtins(value)))
+    # msgspec's own encoding leaves out fields that it decoded to their defaults, and turns NaN into
+    # null.
+    return json.loads(json.dumps(value, default=_to_json))
+
+
+def _to_json(value: Any) -> Any:
+    if isinstance(value, Enum):
+        return value.value
+    return {field.name: getattr(value, field.name) for field in fields(value)}
 
 
 def _find_unknown(given: Any, known: Any, name: str = "") -> str | None:

@@ -1,14 +1,16 @@
 """Atomic file writes, and clear errors when they fail."""
 
+import csv
 import errno
+import io
 import os
 import re
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
-from flaxnets.errors import StorageError
+from flaxnets.errors import InputError, StorageError
 from flaxnets.text import megabytes
 
 INTACT = "everything saved before is intact, and rerunning the command resumes from there"
@@ -66,6 +68,39 @@ def set_aside(path: Path, suffix: str) -> Path:
         aside = path.with_name(f"{path.name}.{suffix}-{number}")
     path.rename(aside)
     return aside
+
+
+def check_writable(out: Path) -> None:
+    """Check that the directory `--out` can be written or created, without writing anything.
+
+    Raises:
+      InputError: it cannot.
+    """
+    try:
+        existing = out
+        while not existing.exists() and existing != existing.parent:
+            existing = existing.parent
+        if out.is_symlink() and not out.exists():
+            raise InputError(f"--out {out} is a broken link; give a directory")
+        if not existing.is_dir():
+            raise InputError(f"--out {out}: {existing} is a file; give a directory")
+        if not os.access(existing, os.W_OK | os.X_OK):
+            raise InputError(f"--out {out}: {existing} cannot be written; give another directory")
+    except OSError as error:
+        raise InputError(f"--out {out}: {error.strerror}; give another directory") from error
+
+
+def write_csv(path: Path, columns: Sequence[str], rows: Iterable[Mapping[str, object]]) -> None:
+    """Write a CSV file atomically, floats in full precision and None as an empty cell.
+
+    Raises:
+      StorageError: as `write_atomic`.
+    """
+    text = io.StringIO()
+    writer = csv.DictWriter(text, columns, lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    write_atomic(path, text.getvalue())
 
 
 @contextmanager

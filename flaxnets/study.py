@@ -16,7 +16,7 @@ from jax.sharding import Mesh
 from matplotlib.figure import Figure
 from rich.console import Console
 
-from flaxnets.cli.arguments import check_batch_size, check_choice
+from flaxnets.cli.arguments import check_choice
 from flaxnets.cli.progress import StudyProgress, plain_console
 from flaxnets.data import Dataset, inspect_dataset
 from flaxnets.diagnostics import GradientLog
@@ -29,7 +29,7 @@ from flaxnets.studies.directory import check_output_dir, run_directory
 from flaxnets.studies.grid import Plan, PlannedNetwork, plan_network, train_grid
 from flaxnets.studies.restore import Build
 from flaxnets.studies.results import (
-    Network,
+    NetworkResults,
     Run,
     group_runs,
     open_study,
@@ -46,6 +46,7 @@ from flaxnets.training.config import (
     Stem,
     StudyConfig,
 )
+from flaxnets.training.recipes import check_batch_size
 
 
 @dataclass(frozen=True)
@@ -258,7 +259,7 @@ class StudyResults:
     runs: list[Run]
 
     @property
-    def networks(self) -> list[Network]:
+    def networks(self) -> list[NetworkResults]:
         """Runs grouped by kind and depth."""
         return group_runs(self.runs)
 

@@ -36,6 +36,12 @@ def test_values_survive_a_round_trip():
     assert decode(Outer, encode(value), "it") == value
 
 
+def test_defaults_are_encoded_too():
+    """An earlier version stored no such field, and its configs are compared as encoded."""
+    value = decode(Outer, {"count": 1, "inner": {"mean": []}}, "it")
+    assert encode(value) == {"count": 1, "inner": {"mean": []}, "factor": 0.1}
+
+
 @pytest.mark.parametrize(
     ("change", "words"),
     [

@@ -97,7 +97,7 @@ def test_an_invalid_setting_is_refused_at_once(settings, words):
 @pytest.mark.parametrize(
     ("settings", "words"),
     [
-        ({"train_examples": 41}, "^train_examples 41: noise has 40"),
+        ({"train_examples": 41}, "^train_examples is for a data set given by its name"),
         ({"recipe": replace(TWO_EPOCHS, batch_size=41)}, "^batch_size 41 is more than the 40"),
         ({"kinds": ("nowhere_at_all:build",)}, "^kinds nowhere_at_all:build: ModuleNotFound"),
         (

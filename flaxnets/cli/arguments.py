@@ -7,8 +7,6 @@ import sys
 from collections.abc import Callable
 from typing import Any, NoReturn
 
-import jax
-
 from flaxnets.errors import InputError, nearest
 from flaxnets.training.loop import CheckpointEvery
 
@@ -107,19 +105,4 @@ def check_choice(flag: str, value: str, choices: tuple[str, ...], more: str = ""
         raise InputError(
             f"{flag} must be one of {', '.join(choices)}{more}, "
             f"not {value!r}{nearest(value, choices)}"
-        )
-
-
-def check_batch_size(batch_size: int, num_train: int, name: str = "--batch-size") -> None:
-    """Raise an `InputError` if the batch size does not suit the training images or devices."""
-    devices = jax.device_count()
-    if batch_size > num_train:
-        raise InputError(
-            f"{name} {batch_size} is more than the {num_train} training images; "
-            f"give at most {num_train}"
-        )
-    if batch_size % devices:
-        raise InputError(
-            f"{name} {batch_size} is not divisible by the {devices} devices; "
-            f"give a multiple of {devices}"
         )

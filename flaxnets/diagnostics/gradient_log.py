@@ -1,7 +1,6 @@
 """Gradients through training, which runs log in `gradients.csv`."""
 
 import csv
-import io
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -20,7 +19,7 @@ from flaxnets.diagnostics.scales import set_log_scale
 from flaxnets.diagnostics.study import DiagnosedStudy, NetworkName, Setting, deepest_of_each_kind
 from flaxnets.diagnostics.text import listed, span
 from flaxnets.errors import InputError
-from flaxnets.files import write_atomic
+from flaxnets.files import write_csv
 from flaxnets.models.stacking import unscanned, unstack_blocks
 from flaxnets.parallel import is_primary
 from flaxnets.reporting.findings import Finding, Table
@@ -62,11 +61,8 @@ class GradientLog:
         names = self._names
         earlier = [old for old in read_gradients(directory, names) if old["step"] < row["step"]]
         place = {"epoch": row["epoch"], "step": row["step"]}
-        text = io.StringIO()
-        writer = csv.DictWriter(text, ["epoch", "step", *names], lineterminator="\n")
-        writer.writeheader()
-        writer.writerows([*earlier, {**place, **{name: float(norms[name]) for name in names}}])
-        write_atomic(directory / "gradients.csv", text.getvalue())
+        rows = [*earlier, {**place, **{name: float(norms[name]) for name in names}}]
+        write_csv(directory / "gradients.csv", ["epoch", "step", *names], rows)
 
 
 def read_gradients(directory: Path, names: Sequence[str]) -> list[dict[str, float]]:

@@ -6,12 +6,12 @@ from itertools import pairwise
 import numpy as np
 from scipy import stats
 
-from flaxnets.studies.results import Network
+from flaxnets.studies.results import NetworkResults
 
 ENOUGH_SEEDS = 5  # fewest seeds for an interval
 
 
-def paired_differences(shallow: Network, deep: Network, metric: str) -> list[float]:
+def paired_differences(shallow: NetworkResults, deep: NetworkResults, metric: str) -> list[float]:
     """Return a final metric of `deep` minus that of `shallow` for each seed both have finished.
 
     Runs of one seed are paired because they share batches and augmentation.
@@ -22,7 +22,7 @@ def paired_differences(shallow: Network, deep: Network, metric: str) -> list[flo
     ]
 
 
-def depth_pairs(networks: list[Network]) -> list[tuple[Network, Network]]:
+def depth_pairs(networks: list[NetworkResults]) -> list[tuple[NetworkResults, NetworkResults]]:
     """Pair neighbouring depths, and the smallest with the greatest."""
     pairs = list(pairwise(networks))
     return [*pairs, (networks[0], networks[-1])] if len(networks) > 2 else pairs
@@ -43,7 +43,9 @@ def bootstrap_interval(differences: list[float]) -> tuple[float, float]:
     return float(result.confidence_interval.low), float(result.confidence_interval.high)
 
 
-def compare_depths(curves: Iterable[list[Network]], metric: str) -> list[tuple[str, list[float]]]:
+def compare_depths(
+    curves: Iterable[list[NetworkResults]], metric: str
+) -> list[tuple[str, list[float]]]:
     """List pairs of depths, such as `plain 18 to 34`, with their paired differences, if any."""
     compared = [
         (f"{deep.kind} {shallow.depth} to {deep.depth}", paired_differences(shallow, deep, metric))

@@ -3,10 +3,10 @@
 import math
 from collections.abc import Sequence
 
-from flaxnets.studies.results import Network, Run, curves
+from flaxnets.studies.results import NetworkResults, Run, curves
 
 
-def conclude(networks: Sequence[Network], updates: int | None) -> str:
+def conclude(networks: Sequence[NetworkResults], updates: int | None) -> str:
     """Describe in sentences what the numbers show about training error and depth.
 
     `updates` is the length of a run, if known.
@@ -70,7 +70,7 @@ def describe_rises(plain: Sequence[float], residual: Sequence[float]) -> str:
     return ": the degradation problem"
 
 
-def describe_convergence(networks: Sequence[Network]) -> list[str]:
+def describe_convergence(networks: Sequence[NetworkResults]) -> list[str]:
     """Say in a sentence whether training error still moved at the end of the finished runs."""
     movement = [(f"{n.kind}-{n.depth}", last_movement(run)) for n in networks for run in n.finished]
     moving = list(dict.fromkeys(name for name, points in movement if points >= 1))
@@ -86,7 +86,7 @@ def describe_convergence(networks: Sequence[Network]) -> list[str]:
     return []
 
 
-def count_seeds(networks: Sequence[Network]) -> str:
+def count_seeds(networks: Sequence[NetworkResults]) -> str:
     """Format the number of seeds as `one seed`, `3 seeds` or `1 to 3 seeds`."""
     counts = sorted({len(network.runs) for network in networks})
     if counts == [1]:

@@ -25,7 +25,7 @@ from matplotlib.ticker import FixedLocator, FuncFormatter, MaxNLocator, NullLoca
 
 from flaxnets.files import write_atomic
 from flaxnets.reporting.tables import blocks, network_name
-from flaxnets.studies.results import Network, Run
+from flaxnets.studies.results import NetworkResults, Run
 from flaxnets.text import millions, shorten
 
 # After Okabe and Ito (2008), without faint colours. Each has a contrast of 3:1 or more on white,
@@ -85,7 +85,7 @@ def set_title(figure: Figure, title: str, **place: Any) -> None:
         text.set_parse_math(False)
 
 
-class NotebookFigure(Figure):
+class _NotebookFigure(Figure):
     """A figure that a notebook shows by itself; others have to be pyplot's for that."""
 
     def _repr_png_(self) -> bytes:
@@ -94,7 +94,7 @@ class NotebookFigure(Figure):
         return picture.getvalue()
 
 
-def draw_errors(networks: Sequence[Network]) -> Figure:
+def draw_errors(networks: Sequence[NetworkResults]) -> Figure:
     """Draw a panel per kind, a colour per depth: training error solid and bold, test error dashed.
 
     All panels share one scale, linear up to 1 % and logarithmic above, so that small errors can be
@@ -103,7 +103,7 @@ def draw_errors(networks: Sequence[Network]) -> Figure:
     """
     kinds = list(dict.fromkeys(network.kind for network in networks))
     colours = colour_depths(network.depth for network in networks)
-    figure = NotebookFigure(figsize=(max(4.4 * len(kinds), 6.4), 5.0), layout="constrained")
+    figure = _NotebookFigure(figsize=(max(4.4 * len(kinds), 6.4), 5.0), layout="constrained")
     axes = figure.subplots(1, len(kinds), sharex=True, sharey=True, squeeze=False)[0]
     scale_errors(axes[0], _list_errors(networks))
     for ax, kind in zip(axes, kinds, strict=True):
@@ -134,7 +134,7 @@ def style_axes(ax: Axes) -> None:
     ax.spines[["top", "right"]].set_visible(False)
 
 
-def _list_errors(networks: Sequence[Network]) -> list[float]:
+def _list_errors(networks: Sequence[NetworkResults]) -> list[float]:
     return [
         row[metric]
         for network in networks
@@ -159,7 +159,7 @@ def scale_errors(ax: Axes, errors: Sequence[float], name: str = "error") -> None
     ax.set_ylabel(f"{name} (%), logarithmic above 1 %")
 
 
-def _name_networks(networks: Sequence[Network], colours: Mapping[int, str]) -> list[Line2D]:
+def _name_networks(networks: Sequence[NetworkResults], colours: Mapping[int, str]) -> list[Line2D]:
     """Make a legend entry per depth, shared by plain and residual twins of equal size."""
     names: dict[tuple[int, str], list[str]] = {}
     for network in networks:
@@ -203,7 +203,9 @@ def draw_run(rows: Sequence[Mapping[str, Any]], path: Path, title: str) -> None:
     write_png_and_svg(figure, path, title)
 
 
-def _draw_network(ax: Axes, network: Network, colour: str) -> tuple[float, float, str, str] | None:
+def _draw_network(
+    ax: Axes, network: NetworkResults, colour: str
+) -> tuple[float, float, str, str] | None:
     """Draw both curves; return the end of the training curve, its label and colour."""
     runs = [run for run in network.runs if run.result.rows]
     if not runs:

@@ -26,7 +26,7 @@ from flaxnets.reporting.figures import colour_depths
 from flaxnets.reporting.findings import FileName, StoredFinding, Table
 from flaxnets.reporting.reproduce import plain, reproduce
 from flaxnets.reporting.tables import blocks, network_name
-from flaxnets.studies.results import Network, Run, curves, group_runs
+from flaxnets.studies.results import NetworkResults, Run, curves, group_runs
 from flaxnets.text import duration
 from flaxnets.training import RunConfig, StudyConfig
 from flaxnets.training.environment import Environment
@@ -178,7 +178,7 @@ def _readable(run: Run) -> Run:
 # Title and subtitle.
 
 
-def _title(networks: Sequence[Network]) -> str:
+def _title(networks: Sequence[NetworkResults]) -> str:
     if not networks:
         return "A study without runs"
     kinds = _listed(dict.fromkeys(network.kind for network in networks))
@@ -299,7 +299,7 @@ def _time(seconds: float) -> Cell:
     return ("-" if math.isnan(seconds) else duration(seconds), seconds)
 
 
-def _tables(networks: Sequence[Network]) -> str:
+def _tables(networks: Sequence[NetworkResults]) -> str:
     """Make a table of the networks, if there are several seeds, and one of the runs."""
     if not networks:
         return "<p>There are no runs yet.</p>"
@@ -331,7 +331,7 @@ def _tables(networks: Sequence[Network]) -> str:
     return "\n".join(tables)
 
 
-def _mean(network: Network, metric: str, digits: int) -> Cell:
+def _mean(network: NetworkResults, metric: str, digits: int) -> Cell:
     mean, spread = network.mean(metric), network.spread(metric)
     form = f"{{:.{digits}f}}" + ("" if math.isnan(spread) else f" ± {spread:.{digits}f}")
     return _number(mean, form)

@@ -8,7 +8,7 @@ from rich.table import Table
 
 from flaxnets.reporting.comparison import compare_depths, describe_differences
 from flaxnets.studies.grid import Plan
-from flaxnets.studies.results import Network
+from flaxnets.studies.results import NetworkResults
 from flaxnets.text import duration, millions
 from flaxnets.training import RunConfig
 from flaxnets.training.recipes import PRESETS
@@ -41,7 +41,7 @@ def plan_table(plan: Plan) -> Table:
     return table
 
 
-def results_table(networks: Sequence[Network]) -> Table:
+def results_table(networks: Sequence[NetworkResults]) -> Table:
     """Make a table 80 columns wide, one row per network.
 
     Errors and loss are those at the end of training, mean ± standard deviation over finished seeds.
@@ -65,7 +65,7 @@ def results_table(networks: Sequence[Network]) -> Table:
     return table
 
 
-def differences_table(curves: Iterable[list[Network]]) -> Table | None:
+def differences_table(curves: Iterable[list[NetworkResults]]) -> Table | None:
     """Make a table of how training error changes with depth, seed by seed.
 
     From five seeds on, it shows the mean and its 95 % bootstrap interval. A curve is a list of
@@ -79,7 +79,7 @@ def differences_table(curves: Iterable[list[Network]]) -> Table | None:
     return table if table.rows else None
 
 
-def _mean_and_spread(network: Network, metric: str, digits: int) -> str:
+def _mean_and_spread(network: NetworkResults, metric: str, digits: int) -> str:
     mean, spread = network.mean(metric), network.spread(metric)
     if math.isnan(mean):
         return "-"

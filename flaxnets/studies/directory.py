@@ -16,7 +16,7 @@ import jax
 
 from flaxnets.decoding import decode, encode
 from flaxnets.errors import DamageWarning, InputError
-from flaxnets.files import set_aside, storage_errors, write_atomic
+from flaxnets.files import check_writable, set_aside, storage_errors, write_atomic
 from flaxnets.parallel import gather_texts, is_primary, raise_on_all_processes
 from flaxnets.training.checkpoints import Checkpoints
 from flaxnets.training.config import RunConfig, StudyConfig, comparable, read_config, upgrade
@@ -42,16 +42,8 @@ def check_output_dir(out: Path, what: Literal["study", "run"] = "study") -> None
         raise InputError(
             f"--out {out}: checkpoints need a path in UTF-8; give another directory"
         ) from error
+    check_writable(out)
     try:
-        existing = out
-        while not existing.exists() and existing != existing.parent:
-            existing = existing.parent
-        if out.is_symlink() and not out.exists():
-            raise InputError(f"--out {out} is a broken link; give a directory")
-        if not existing.is_dir():
-            raise InputError(f"--out {out}: {existing} is a file; give a directory")
-        if not os.access(existing, os.W_OK | os.X_OK):
-            raise InputError(f"--out {out}: {existing} cannot be written; give another directory")
         if what == "study":
             known, mark = any(out.glob("study.json")) or any(find_runs(out)), "study.json"
         else:

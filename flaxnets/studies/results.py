@@ -8,8 +8,6 @@ The checkpoints, which are guarded by their manifests, hold the definition and r
 The other files are for people to read and are rewritten if damaged.
 """
 
-import csv
-import io
 import json
 import math
 import statistics
@@ -25,7 +23,7 @@ import jax
 
 from flaxnets.decoding import decode, encode
 from flaxnets.errors import DamageWarning, InputError
-from flaxnets.files import storage_errors, write_atomic
+from flaxnets.files import storage_errors, write_csv
 from flaxnets.parallel import gather_texts, is_primary, raise_on_all_processes
 from flaxnets.studies.directory import (
     check_output_dir,
@@ -83,7 +81,7 @@ class Run:
 
 
 @dataclass(frozen=True)
-class Network:
+class NetworkResults:
     """All seeds of one kind at one depth.
 
     Means and spreads are over the finished runs only; `status` has their number.
@@ -246,22 +244,22 @@ def sort_runs(runs: Iterable[Run]) -> list[Run]:
     return sorted(runs, key=lambda run: (first.get(run.kind, 2), *run.key))
 
 
-def group_runs(runs: Iterable[Run]) -> list[Network]:
+def group_runs(runs: Iterable[Run]) -> list[NetworkResults]:
     """Group runs of one kind and depth, keeping their order."""
     groups: dict[tuple[str, int], list[Run]] = {}
     for run in runs:
         groups.setdefault((run.kind, run.depth), []).append(run)
-    return [Network(kind, depth, members) for (kind, depth), members in groups.items()]
+    return [NetworkResults(kind, depth, members) for (kind, depth), members in groups.items()]
 
 
-def curves(networks: Sequence[Network]) -> dict[str, list[Network]]:
+def curves(networks: Sequence[NetworkResults]) -> dict[str, list[NetworkResults]]:
     """Group networks that differ only in depth.
 
     A study of the ImageNet family may mix two-convolution blocks and bottlenecks, which get
     separate curves.
     """
     mixed = len({network.runs[0].config.block for network in networks} - {None}) > 1
-    groups: dict[str, list[Network]] = {}
+    groups: dict[str, list[NetworkResults]] = {}
     for network in networks:
         block = network.runs[0].config.block
         of_blocks = f" of {block} blocks" if mixed and block else ""
@@ -294,8 +292,4 @@ def write_summary(out: Path, runs: Iterable[Run]) -> None:
     """Write `summary.csv`, one row per run; final metrics are empty until the run ends."""
     if not is_primary():
         return
-    text = io.StringIO()
-    writer = csv.DictWriter(text, SUMMARY, lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(summarise_runs(runs))
-    write_atomic(out / "summary.csv", text.getvalue())
+    write_csv(out / "summary.csv", SUMMARY, summarise_runs(runs))

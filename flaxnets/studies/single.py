@@ -2,7 +2,7 @@
 
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -13,8 +13,9 @@ import jax
 import numpy as np
 import optax
 
-from flaxnets.data import Augmentation, Dataset, Preprocess, Split
+from flaxnets.data import Augmentation, Dataset, Preprocess, Split, inspect_dataset
 from flaxnets.data.batches import imagenet_statistics
+from flaxnets.data.opening import Storage
 from flaxnets.data.stream import StreamedDataset, Subset, hold_out
 from flaxnets.decoding import encode
 from flaxnets.errors import InputError
@@ -24,12 +25,47 @@ from flaxnets.models.cost import Cost, count_cost, count_depth
 from flaxnets.models.resnet import ResNet
 from flaxnets.parallel import data_mesh
 from flaxnets.studies.directory import begin_run, check_run, lock_directory
-from flaxnets.studies.init_from import HEAD, InitialWeights
+from flaxnets.studies.init_from import (
+    HEAD,
+    InitialWeights,
+    begin_from,
+    read_initial_weights,
+)
 from flaxnets.text import duration
-from flaxnets.training import Checkpoints, Recipe, RunConfig, RunResult, TrainSetup
+from flaxnets.training import Checkpoints, Recipe, RunConfig, RunResult, TrainSetup, TrainState
 from flaxnets.training.checkpoints import read_newest
 from flaxnets.training.config import DTYPES, DatasetConfig, ModelConfig, Precision
+from flaxnets.training.recipes import check_batch_size
 from flaxnets.training.result import best_epoch
+
+
+@dataclass(frozen=True)
+class RunSettings:
+    """What defines a run.
+
+    Attributes:
+      model: name for `create_model`.
+      dataset: `digits`, a prepared TFDS data set or `folder:PATH`.
+      validation: number of training images to hold out; None for a tenth where they are needed.
+      patience: epochs without a lower validation error after which the run ends, or None.
+      init_from: run directory or PyTorch file with initial weights, or None.
+      freeze_backbone: train only the classifier.
+      storage: see `flaxnets.data.open_dataset`.
+      skip_unreadable: leave out pictures that cannot be read.
+    """
+
+    model: str
+    dataset: str
+    recipe: Recipe
+    data_dir: Path | None = None
+    seed: int = 0
+    validation: int | None = None
+    patience: int | None = None
+    init_from: Path | None = None
+    freeze_backbone: bool = False
+    precision: Precision = "float32"
+    storage: Storage = "auto"
+    skip_unreadable: bool = False
 
 
 @dataclass(frozen=True)
@@ -48,19 +84,96 @@ class RunData:
     def streamed(self) -> bool:
         return isinstance(self.dataset, StreamedDataset)
 
-    @property
-    def num_test(self) -> int:
-        return num_images(self.dataset.test)
-
 
 @dataclass(frozen=True)
 class PlannedRun:
-    """A run before it starts."""
+    """A run before it starts; `begin` puts its initial weights into its first state."""
 
     config: RunConfig
     data: RunData
     model: nn.Module
     cost: Cost
+    begin: Callable[[TrainState], TrainState]
+
+
+def plan_run(
+    settings: RunSettings,
+    out: Path,
+    on_progress: Callable[[int, int], None] = lambda done, total: None,
+) -> PlannedRun:
+    """Open the data, read the initial weights and build the network of the run in `out`.
+
+    `on_progress` is called while pictures of a folder are checked, see `inspect_dataset`.
+
+    Raises:
+      InputError: the data or the weights cannot be read, or do not fit the network or the recipe.
+    """
+    recipe, name = settings.recipe, settings.model
+    dataset = _open_data(settings, on_progress)
+    validates = recipe.schedule == "plateau" or settings.patience is not None
+    data = split_off_validation(dataset, settings.validation, validates)
+    num_train = len(data.train_rows)
+    check_batch_size(recipe.batch_size, num_train)
+    if not 0 < recipe.total_steps(num_train) < 2**31:
+        raise InputError("--epochs and --steps: a run must have 1 to 2147483647 updates")
+    start = None
+    if settings.init_from is not None:
+        classes, begun = tuple(dataset.class_names), read_begun(out)
+        start = read_initial_weights(settings.init_from, name, classes, begun)
+    preprocess = choose_preprocess(name, dataset, recipe, start)
+    model = create_model(name, dataset.num_classes, dtype=DTYPES[settings.precision])
+    try:
+        cost = count_cost(model, preprocess.input_shape, dataset.num_classes)
+    except InputError as error:
+        raise InputError(f"{error}; give a larger --image-size") from error
+    config = RunConfig(
+        kind=name,
+        depth=count_depth(create_model(name), published_image_shape(name)),
+        seed=settings.seed,
+        model=ModelConfig(dataset.num_classes, name),
+        blocks=tuple(model.stage_sizes) if isinstance(model, ResNet) else (),
+        block=model.block if isinstance(model, ResNet) else None,
+        parameters=cost.parameters,
+        precision=settings.precision,
+        class_names=tuple(dataset.class_names),
+        preprocess=preprocess,
+        dataset=_describe_data(settings.dataset, data),
+        augmentation=dataset.augmentation if isinstance(dataset, Dataset) else Augmentation(),
+        recipe=recipe,
+        freeze_backbone=settings.freeze_backbone,
+        patience=settings.patience,
+        total_steps=recipe.total_steps(num_train),
+        init_from=None if start is None else start.origin,
+    )
+    begin = (lambda state: state) if start is None else begin_from(start, model, preprocess)
+    return PlannedRun(config, data, model, cost, begin)
+
+
+def _open_data(
+    settings: RunSettings, on_progress: Callable[[int, int], None]
+) -> Dataset | StreamedDataset:
+    unread = inspect_dataset(
+        settings.dataset, settings.data_dir, settings.skip_unreadable, on_progress
+    )
+    size = settings.recipe.image_size
+    if size is None and unread.image_shape is None:
+        size = published_image_shape(settings.model)[0]
+    return unread.open(size, settings.storage)
+
+
+def _describe_data(name: str, data: RunData) -> DatasetConfig:
+    dataset, folder = data.dataset, name.removeprefix("folder:")
+    return DatasetConfig(
+        name=name,
+        # The name is as typed, and the next command may run in another directory.
+        path=None if folder == name else os.path.abspath(folder),
+        version=dataset.version,
+        streamed=data.streamed,
+        train_examples=len(data.train_rows),
+        validation_examples=len(data.validation_rows),
+        test_examples=num_images(dataset.test),
+        sha256=dataset.fingerprint(),
+    )
 
 
 def num_images(split: Any) -> int:
@@ -107,65 +220,6 @@ def choose_preprocess(
         return replace(own, mean=start.preprocess.mean, std=start.preprocess.std)
     mean, std = imagenet_statistics(own.image_shape[2])
     return replace(own, mean=mean, std=std)
-
-
-def plan_run(
-    name: str,
-    data: RunData,
-    dataset_name: str,
-    recipe: Recipe,
-    seed: int,
-    precision: Precision,
-    preprocess: Preprocess,
-    start: InitialWeights | None = None,
-    freeze_backbone: bool = False,
-    patience: int | None = None,
-) -> PlannedRun:
-    """Build the network called `name`, count its cost and make the config of its run.
-
-    Args:
-      dataset_name: name of the data set as it was typed.
-      start: initial weights; None to initialise at random.
-    """
-    dataset, num_train = data.dataset, len(data.train_rows)
-    model = create_model(name, dataset.num_classes, dtype=DTYPES[precision])
-    try:
-        cost = count_cost(model, preprocess.input_shape, dataset.num_classes)
-    except InputError as error:
-        raise InputError(f"{error}; give a larger --image-size") from error
-    folder = dataset_name.removeprefix("folder:")
-    config = RunConfig(
-        kind=name,
-        depth=count_depth(create_model(name), published_image_shape(name)),
-        seed=seed,
-        model=ModelConfig(dataset.num_classes, name),
-        blocks=tuple(model.stage_sizes) if isinstance(model, ResNet) else (),
-        block=model.block if isinstance(model, ResNet) else None,
-        parameters=cost.parameters,
-        precision=precision,
-        class_names=tuple(dataset.class_names),
-        preprocess=preprocess,
-        dataset=DatasetConfig(
-            name=dataset_name,
-            # The name is as typed, and the next command may run in another directory.
-            path=None if folder == dataset_name else os.path.abspath(folder),
-            version=dataset.version,
-            streamed=data.streamed,
-            train_examples=num_train,
-            validation_examples=len(data.validation_rows),
-            test_examples=data.num_test,
-            sha256=dataset.fingerprint(),
-        ),
-        augmentation=Augmentation()
-        if isinstance(dataset, StreamedDataset)
-        else dataset.augmentation,
-        recipe=recipe,
-        freeze_backbone=freeze_backbone,
-        patience=patience,
-        total_steps=recipe.total_steps(num_train),
-        init_from=None if start is None else start.origin,
-    )
-    return PlannedRun(config, data, model, cost)
 
 
 def make_setup(run: PlannedRun, data_workers: int = 0, skip_unreadable: bool = False) -> TrainSetup:

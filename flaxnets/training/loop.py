@@ -194,33 +194,19 @@ class TrainSetup:
             skip_unreadable,
         )
         skipped: set[str] = set()
-
-        def feed(key: jax.Array, step: int) -> Iterator[tuple[Batch]]:
-            batches: Any = stream.batches(step, shared["total_steps"], skipped)
-            with closing(batches):
-                for batch in batches:
-                    yield (jax.device_put(batch, split_batch(mesh)),)
-
-        def evaluation(source: Any) -> Callable:
-            def evaluate_source(variables: dict, stop: Callable[[], bool]):
-                # Read with threads: processes would take seconds to start for each evaluation.
-                batches: Any = eval_batches(
-                    source,
-                    size,
-                    channels,
-                    crops.crop.evaluation_fraction,
-                    eval_batch(mesh),
-                    skip_unreadable=skip_unreadable,
-                    skipped=skipped,
-                )
-                with closing(batches):
-                    return evaluate_batches(eval_step, variables, batches, stop)
-
-            return evaluate_source
-
+        # Read with threads: processes would take seconds to start for each evaluation.
+        read = partial(
+            eval_batches,
+            image_size=size,
+            channels=channels,
+            fraction=crops.crop.evaluation_fraction,
+            batch_size=eval_batch(mesh),
+            skip_unreadable=skip_unreadable,
+            skipped=skipped,
+        )
         return cls(
             **shared,
-            feed=feed,
+            feed=partial(feed_from_stream, stream, shared["total_steps"], mesh, skipped),
             train_step=make_stream_step(
                 model,
                 shared["optimizer"],
@@ -231,7 +217,10 @@ class TrainSetup:
                 recipe.label_smoothing,
                 frozen,
             ),
-            splits={name: evaluation(source) for name, source in splits.items()},
+            splits={
+                name: partial(evaluate_stream, eval_step, partial(read, source))
+                for name, source in splits.items()
+            },
             patience=patience,
         )
 
@@ -274,6 +263,27 @@ def feed_from_memory(
         for _ in range(steps_per_epoch - step % steps_per_epoch):
             yield train, order
             step += 1
+
+
+def feed_from_stream(
+    stream: TrainStream, total_steps: int, mesh: Mesh, skipped: set[str], key: jax.Array, step: int
+) -> Iterator[tuple[Batch]]:
+    """Yield, for each step, its batch on the devices; `skipped` collects unreadable pictures."""
+    batches: Any = stream.batches(step, total_steps, skipped)
+    with closing(batches):
+        for batch in batches:
+            yield (jax.device_put(batch, split_batch(mesh)),)
+
+
+def evaluate_stream(
+    eval_step: Callable,
+    read: Callable[[], Any],
+    variables: dict[str, Any],
+    stop: Callable[[], bool],
+) -> tuple[float, float] | None:
+    """Evaluate on the batches that `read()` yields; see `TrainSetup.splits`."""
+    with closing(read()) as batches:
+        return evaluate_batches(eval_step, variables, batches, stop)
 
 
 def eval_batch(mesh: Mesh) -> int:

@@ -254,6 +254,21 @@ def plateau_scale(opt_state: Any) -> float:
     return float(scales[0]) if scales else 1.0
 
 
+def check_batch_size(batch_size: int, num_train: int, name: str = "--batch-size") -> None:
+    """Raise an `InputError` if the batch size does not suit the training images or devices."""
+    devices = jax.device_count()
+    if batch_size > num_train:
+        raise InputError(
+            f"{name} {batch_size} is more than the {num_train} training images; "
+            f"give at most {num_train}"
+        )
+    if batch_size % devices:
+        raise InputError(
+            f"{name} {batch_size} is not divisible by the {devices} devices; "
+            f"give a multiple of {devices}"
+        )
+
+
 class Preset(NamedTuple):
     """A recipe and its source."""
 
@@ -284,7 +299,7 @@ PRESETS = (
     ),
     Preset(
         # The paper's recipe, shortened and without augmentation. Rate and warm-up (none) gave the
-        # *lowest* training error of the plain network of depth 56 in a small grid (see the README),
+        # *lowest* training error of the plain network of depth 56 in a small grid (see docs/results.md),
         # so that nothing is tuned to make plain networks look bad.
         Recipe(name="digits", learning_rate=0.01, epochs=20, augment="none"),
         "he2015-cifar shortened, for scikit-learn's digits",

@@ -1,7 +1,5 @@
 """The outcome of a run, epoch by epoch."""
 
-import csv
-import io
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -10,7 +8,7 @@ from typing import Literal
 
 from flaxnets.decoding import Count
 from flaxnets.errors import InputError
-from flaxnets.files import write_atomic
+from flaxnets.files import write_csv
 from flaxnets.parallel import is_primary
 
 Status = Literal["finished", "diverged", "unfinished"]
@@ -68,11 +66,7 @@ def write_metrics(directory: Path, rows: list[Row], columns: Sequence[str] = MET
     """Write `metrics.csv` to a run directory: one row per epoch, floats in full precision."""
     if not is_primary():
         return
-    text = io.StringIO()
-    writer = csv.DictWriter(text, columns, lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(rows)
-    write_atomic(directory / "metrics.csv", text.getvalue())
+    write_csv(directory / "metrics.csv", columns, rows)
 
 
 def best_epoch(rows: list[Row]) -> int | None:

@@ -144,7 +144,7 @@ BAD_INPUT = [
     ("--depths 8 --lr 0.1", "unknown argument --lr; did you mean --learning-rate?"),
     ("--depths 8 --dataset Digits", "did you mean digits?"),
     ("--depths 8 --dataset CIFAR10", "did you mean cifar10?"),
-    ("--depths 8 --dataset folder:pictures", "is read by experiments/train.py"),
+    ("--depths 8 --dataset folder:pictures", "there is no folder pictures; give one"),
     ("--depths 8 --kinds my_nets.build", "did you mean my_nets:build?"),
     ("--depths 8 --checkpoint-every 5", "'5' is not a time or a number of steps"),
     ("--depths 8 --checkpoint-every 0s", "not a time or a number of steps"),

@@ -10,6 +10,7 @@ from PIL import Image
 
 import flaxnets
 from flaxnets.cli.main import run_command
+from flaxnets.decoding import encode
 from flaxnets.training.manifest import write_manifest
 from tests.conftest import load_script
 
@@ -79,13 +80,13 @@ def test_as_much_of_a_picture_as_was_evaluated(predict, capsys, trained, digits,
     config = flaxnets.restore(run).config
     edit_config(
         run,
-        dataset={**config["dataset"], "streamed": True},
-        recipe={**config["recipe"], "augment": "resized-crop"},
+        dataset={**encode(config.dataset), "streamed": True},
+        recipe={**encode(config.recipe), "augment": "resized-crop"},
     )
     picture = Image.fromarray(digits.test.images[0, ..., 0]).resize((64, 64))
     picture.save(tmp_path / "large.png")
-    status, out, _ = command(predict, capsys, run, tmp_path / "large.png")
-    assert status == 0
+    status, out, err = command(predict, capsys, run, tmp_path / "large.png")
+    assert status == 0, err
     seen = picture.resize((8, 8), Image.Resampling.BILINEAR, box=(4, 4, 60, 60))
     row = probabilities_of(trained, np.asarray(seen)[None, ..., None])[0]
     rows = parse(out)[str(tmp_path / "large.png")]

@@ -18,6 +18,7 @@ from PIL import Image
 
 import flaxnets
 from flaxnets.cli.main import run_command
+from flaxnets.studies.single import plan_run
 from flaxnets.training import RECIPES, checkpoints
 from flaxnets.training.manifest import write_manifest
 from tests.processes import ROOT, assert_same_run, finish, start
@@ -402,7 +403,8 @@ def test_divergence(command):
 def test_depth_is_not_read_from_a_name(train, data_dir):
     """A warm-up for networks of depth 110 and more is not for AlexNet, of the year 2012."""
     arguments = ["--model", "alexnet2012", "--recipe", "he2015-cifar", "--image-size", "224"]
-    run, _ = train.plan(train.parse_arguments([*arguments, "--data-dir", str(data_dir)]))
+    options = train.parse_arguments([*arguments, "--data-dir", str(data_dir)])
+    run = plan_run(options.settings, options.out)
     assert run.config.depth == 8
     schedule = run.config.recipe.make_schedule(64_000, run.config.depth)
     assert float(schedule(0)) == pytest.approx(0.1)

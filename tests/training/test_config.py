@@ -78,6 +78,18 @@ def test_early_runs_of_alexnet_have_the_year_as_depth():
     assert create_model("alexnet2012")
 
 
+def test_fields_that_earlier_versions_lacked_do_not_differ():
+    config = make_run_config()
+    stored = encode(config)
+    for name in ("path", "streamed", "validation_examples"):
+        del stored["dataset"][name]
+    for name in ("freeze_backbone", "patience", "init_from"):
+        del stored[name]
+    before = read_config(stored)
+    assert comparable(before) == comparable(config)
+    assert comparable(before.study) == comparable(config.study)
+
+
 def test_what_earlier_versions_stored_is_read():
     stored = encode(make_run_config())
     recipe = {**stored["recipe"], "augment": False}

@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+from dataclasses import replace
 
 import flax.linen as nn
 import jax
@@ -21,6 +22,7 @@ from flaxnets.training.evaluation import (
 )
 from flaxnets.training.steps import count_errors
 from tests.conftest import ROOT
+from tests.factories import make_run_config
 
 
 def made_up(count=300, classes=7):
@@ -182,17 +184,19 @@ def test_large_images_are_fewer_at_a_time():
 
 
 @pytest.mark.parametrize(
-    ("dataset", "recipe", "fraction"),
+    ("streamed", "augment", "fraction"),
     [
-        ({"streamed": True}, {"augment": "resized-crop"}, 0.875),
-        ({"streamed": True}, {"augment": "default"}, 1.0),
-        ({"streamed": False}, {"augment": "scaled-crop"}, 1.0),
-        ({}, {"augment": True}, 1.0),
-        (None, [], 1.0),
+        (True, "resized-crop", 0.875),
+        (True, "default", 1.0),
+        (False, "scaled-crop", 1.0),
+        (False, "default", 1.0),
     ],
 )
-def test_what_is_seen_of_a_picture(dataset, recipe, fraction):
-    assert evaluation_fraction({"dataset": dataset, "recipe": recipe}) == fraction
+def test_what_is_seen_of_a_picture(streamed, augment, fraction):
+    config = make_run_config()
+    dataset = replace(config.dataset, streamed=streamed)
+    config = replace(config, dataset=dataset, recipe=replace(config.recipe, augment=augment))
+    assert evaluation_fraction(config) == fraction
 
 
 def test_a_hundred_thousand_classes():
