@@ -7,7 +7,14 @@ from pathlib import Path
 import pytest
 
 from flaxnets.errors import StorageError
-from flaxnets.files import cache_directory, set_aside, storage_errors, write_atomic, write_cache
+from flaxnets.files import (
+    cache_directory,
+    set_aside,
+    storage_errors,
+    write_atomic,
+    write_cache,
+    write_csv,
+)
 
 pytestmark = pytest.mark.unit
 
@@ -120,3 +127,11 @@ def test_nothing_depends_on_the_cache(tmp_path: Path, monkeypatch: pytest.Monkey
     assert write_cache(cache_directory() / "deep" / "file", "content")
     assert (tmp_path / "flaxnets" / "deep" / "file").read_text() == "content"
     assert not write_cache(cache_directory() / "deep" / "file" / "below", "content")
+
+
+def test_tables_are_written_in_full_precision(tmp_path: Path) -> None:
+    rows = [{"kind": "a,b", "error": 1 / 3}, {"kind": "é", "error": None}]
+    write_csv(tmp_path / "table.csv", ("kind", "error"), rows)
+    assert (tmp_path / "table.csv").read_bytes().decode() == (
+        'kind,error\n"a,b",0.3333333333333333\né,\n'
+    )

@@ -1,4 +1,4 @@
-"""The library's packages import one another in one direction."""
+"""The library's packages import one another in one direction, and tests mirror them."""
 
 import ast
 from pathlib import Path
@@ -42,3 +42,11 @@ def test_imports_run_one_way(path):
 def test_every_package_has_its_place():
     packages = {path.name for path in ROOT.iterdir() if (path / "__init__.py").exists()}
     assert packages <= set(ORDER)
+
+
+def test_tests_mirror_the_packages():
+    """But for tests of the commands and of the documentation."""
+    folders = {path.parent.name for path in Path(__file__).parent.glob("*/test_*.py")}
+    assert folders - {"commands", "docs"} == {name for name in ORDER if (ROOT / name).is_dir()} - {
+        ""
+    }

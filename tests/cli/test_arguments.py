@@ -5,12 +5,10 @@ import re
 from collections.abc import Callable
 from typing import Any
 
-import jax
 import pytest
 
 from flaxnets.cli.arguments import (
     ArgumentParser,
-    check_batch_size,
     check_choice,
     checkpoint_every,
     positive,
@@ -111,12 +109,3 @@ def test_choices() -> None:
         "--kinds must be one of plain, residual or module:function, not 'plane'; "
         "did you mean plain?"
     )
-
-
-def test_a_batch_suits_images_and_devices(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(jax, "device_count", lambda: 8)
-    check_batch_size(64, 64)
-    with pytest.raises(InputError, match=r"^batch_size 72 is more than the 64 .*give at most 64$"):
-        check_batch_size(72, 64, "batch_size")
-    with pytest.raises(InputError, match=r"^--batch-size 60 is not divisible by the 8 devices"):
-        check_batch_size(60, 64)

@@ -10,7 +10,12 @@ from flax.traverse_util import flatten_dict
 
 from flaxnets.errors import InputError
 from flaxnets.training import RECIPES, Recipe
-from flaxnets.training.recipes import describe_fields, observe_plateau, plateau_scale
+from flaxnets.training.recipes import (
+    check_batch_size,
+    describe_fields,
+    observe_plateau,
+    plateau_scale,
+)
 
 pytestmark = pytest.mark.unit
 
@@ -173,3 +178,12 @@ def test_every_field_is_described():
     assert described.keys() == {field.name for field in fields(Recipe)}
     assert all(len(text) > 10 and "`" not in text for text in described.values())
     assert described["decay_at"].endswith("such as 0.5,0.75")
+
+
+def test_a_batch_suits_images_and_devices(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(jax, "device_count", lambda: 8)
+    check_batch_size(64, 64)
+    with pytest.raises(InputError, match=r"^batch_size 72 is more than the 64 .*give at most 64$"):
+        check_batch_size(72, 64, "batch_size")
+    with pytest.raises(InputError, match=r"^--batch-size 60 is not divisible by the 8 devices"):
+        check_batch_size(60, 64)
