@@ -93,7 +93,7 @@ def test_texts_of_any_length_are_gathered(monkeypatch: pytest.MonkeyPatch) -> No
 @pytest.fixture
 def preemption_service() -> Iterator[None]:
     """Put back the setting that joining processes changes."""
-    enabled = jax.config.jax_enable_preemption_service
+    enabled = jax.config.values["jax_enable_preemption_service"]
     yield
     jax.config.update("jax_enable_preemption_service", enabled)
 
