@@ -49,7 +49,6 @@ from flaxnets.training.config import (
 )
 from flaxnets.training.recipes import check_batch_size
 
-
 EXAMPLES = {"depths": (18, 34, 56), "kinds": ("plain", "residual"), "seeds": (0, 1, 2)}
 
 
