@@ -1,6 +1,7 @@
 """Studies from Python: plain and residual networks at several depths, trained and compared."""
 
 import importlib
+import operator
 import os
 import re
 import sys
@@ -48,6 +49,8 @@ from flaxnets.training.config import (
 )
 from flaxnets.training.recipes import check_batch_size
 
+EXAMPLES = {"depths": (18, 34, 56), "kinds": ("plain", "residual"), "seeds": (0, 1, 2)}
+
 
 @dataclass(frozen=True)
 class Study:
@@ -86,10 +89,10 @@ class Study:
     precision: Precision = "float32"
 
     def __post_init__(self) -> None:
-        for name in ("depths", "kinds", "seeds"):  # any sequence will do
-            object.__setattr__(self, name, tuple(getattr(self, name)))
-        object.__setattr__(self, "depths", tuple(sorted(self.depths)))
         try:
+            for name, example in EXAMPLES.items():
+                object.__setattr__(self, name, _as_tuple(name, getattr(self, name), example))
+            object.__setattr__(self, "depths", tuple(sorted(self.depths)))
             self._check_choices()
             self._check_grid()
         except InputError as error:
@@ -248,6 +251,16 @@ class Study:
         check_output_dir(out)
         check_workers(workers)
         return train_plan(self.plan(), out, workers, checkpoint_every, log_gradients)
+
+
+def _as_tuple(name: str, values: Any, example: tuple[Any, ...]) -> tuple[Any, ...]:
+    """Return any sequence of whole numbers, or of names and functions, as a tuple."""
+    try:
+        if isinstance(values, str):
+            raise TypeError
+        return tuple(values if name == "kinds" else map(operator.index, values))
+    except TypeError as error:
+        raise InputError(f"{name} must be a sequence such as {example}, not {values!r}") from error
 
 
 @dataclass(frozen=True)

@@ -76,6 +76,10 @@ def test_data_and_networks_of_ones_own(tmp_path):
     ("settings", "words"),
     [
         ({"depths": ()}, "^depths must name at least one"),
+        ({"depths": 18}, r"^depths must be a sequence such as \(18, 34, 56\), not 18"),
+        ({"depths": (18.5,)}, "^depths must be a sequence"),
+        ({"kinds": "plain,residual"}, "^kinds must be a sequence such as"),
+        ({"seeds": 3}, "^seeds must be a sequence"),
         ({"depths": (9,)}, "^depths 9: the cifar family has even depths from 8 to 1202"),
         ({"family": "imagenet"}, "^depths 8: the imagenet family has depths 18, 34"),
         ({"kinds": ("plain", "plain")}, "^kinds repeats plain"),

@@ -1,4 +1,8 @@
-"""Command-line arguments; mistakes in them raise one-line `InputError`s."""
+"""Command-line arguments; mistakes in them raise one-line `InputError`s.
+
+tyro prints mistakes as boxes of several lines, with no hook to change them, and separates the
+numbers of a list by spaces, so argparse stays.
+"""
 
 import argparse
 import math

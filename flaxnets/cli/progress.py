@@ -1,4 +1,8 @@
-"""Progress of long work: live in a terminal, occasional lines elsewhere."""
+"""Progress of long work: live in a terminal, occasional lines elsewhere.
+
+rich's `Progress` would only replace `StudyProgress.draw`: it has no lines for logs, and its time
+left counts compilation and restored steps.
+"""
 
 import statistics
 import sys

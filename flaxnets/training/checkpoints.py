@@ -5,6 +5,9 @@ A checkpoint is a directory named after its step. It holds the complete state of
 `progress` (the run's record so far), `config` (a copy of its config.json) and `trained_in` (the
 environments of its steps). The manifest is written last: a directory without one is not a
 checkpoint, and one that does not match its manifest is damaged.
+
+Orbax overwrites a step (`force=True`) by deleting the old checkpoint first, which a crash would
+lose. It is renamed instead until the new one is complete.
 """
 
 import json

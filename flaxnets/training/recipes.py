@@ -299,8 +299,8 @@ PRESETS = (
     ),
     Preset(
         # The paper's recipe, shortened and without augmentation. Rate and warm-up (none) gave the
-        # *lowest* training error of the plain network of depth 56 in a small grid (see docs/results.md),
-        # so that nothing is tuned to make plain networks look bad.
+        # *lowest* training error of the plain network of depth 56 in a small grid, so that nothing
+        # is tuned to make plain networks look bad (docs/results.md).
         Recipe(name="digits", learning_rate=0.01, epochs=20, augment="none"),
         "he2015-cifar shortened, for scikit-learn's digits",
     ),
