@@ -64,9 +64,9 @@ def test_means_are_over_finished_runs_and_say_so():
 
 def test_the_table_fits_80_columns():
     runs = [make_run("residual", 1202, s, "diverged" if s == 2 else "finished") for s in range(3)]
-    console = Console(width=80, file=io.StringIO())
-    console.print(results_table(group_runs(runs)))
-    printed = console.file.getvalue()
+    text = io.StringIO()
+    Console(width=80, file=text).print(results_table(group_runs(runs)))
+    printed = text.getvalue()
     assert "…" not in printed
     for text in ("cifar_resnet1202", "1-1-1, 0.08 M", "19.50 ± 0.00", "2 of 3 (1", "diverged)"):
         assert text in printed
