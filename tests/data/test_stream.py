@@ -506,20 +506,21 @@ def test_a_run_whose_pictures_are_damaged_on_the_way(
     """Pictures to train with, to validate with and to test with."""
     root, out = tmp_path / "pictures", tmp_path / "out"
     shutil.copytree(pictures.train.root, root)
-    make_program, damaged = train.make_program, []
+    make_setup, damaged = train.make_setup, []
 
-    def damage_pictures(args, dataset, recipe, preprocess, model, train_rows, validation_rows):
+    def damage_pictures(run, *args, **kwargs):
+        data = run.data
         sources = (
-            Subset(dataset.train, train_rows),
-            Subset(dataset.train, validation_rows),
-            dataset.test,
+            Subset(data.dataset.train, data.train_rows),
+            Subset(data.dataset.train, data.validation_rows),
+            data.dataset.test,
         )
         for source in sources:
             damaged.append(source.name(1))
             os.remove(damaged[-1])
-        return make_program(args, dataset, recipe, preprocess, model, train_rows, validation_rows)
+        return make_setup(run, *args, **kwargs)
 
-    monkeypatch.setattr(train, "make_program", damage_pictures)
+    monkeypatch.setattr(train, "make_setup", damage_pictures)
     arguments = ["--model", "cifar_resnet8", "--dataset", f"folder:{root}", "--stream"]
     arguments += ["--image-size", "8", "--batch-size", "6", "--validation", "4", "--epochs", "3"]
     arguments += ["--augment", "resized-crop", "--out", str(out)]
