@@ -5,7 +5,7 @@ import operator
 import os
 import re
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import KW_ONLY, dataclass
 from functools import partial
 from pathlib import Path
@@ -75,10 +75,10 @@ class Study:
       SettingError: a setting is invalid; the message says what it may be.
     """
 
-    depths: tuple[int, ...]
+    depths: Sequence[int]
     _: KW_ONLY
-    kinds: tuple[str | Build, ...] = ("plain", "residual")
-    seeds: tuple[int, ...] = (0,)
+    kinds: Sequence[str | Build] = ("plain", "residual")
+    seeds: Sequence[int] = (0,)
     family: Family = "cifar"
     shortcut: Shortcut = "A"
     stem: Stem | None = None

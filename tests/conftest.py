@@ -3,8 +3,8 @@
 import importlib.util
 import os
 import tempfile
+from dataclasses import dataclass
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 
@@ -69,8 +69,16 @@ def digits(data_dir: Path):
     return load_dataset("digits", data_dir)
 
 
+@dataclass(frozen=True)
+class TrainedStudy:
+    """The directory of a finished study, and the arguments of the command that made it."""
+
+    out: Path
+    arguments: list[str]
+
+
 @pytest.fixture(scope="session")
-def study(degradation, data_dir: Path, tmp_path_factory: pytest.TempPathFactory):
+def study(degradation, data_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> TrainedStudy:
     """A finished study, both kinds at depth 8, seed 0, two epochs, each with a checkpoint. Not to
     be changed."""
     from flaxnets.cli.main import run_command
@@ -79,4 +87,4 @@ def study(degradation, data_dir: Path, tmp_path_factory: pytest.TempPathFactory)
     arguments = ["--depths", "8", "--epochs", "2", "--data-dir", str(data_dir)]
     arguments += ["--checkpoint-every", "11steps", "--out", str(out)]
     assert run_command(degradation.main, arguments) == 0
-    return SimpleNamespace(out=out, arguments=arguments)
+    return TrainedStudy(out, arguments)

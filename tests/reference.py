@@ -1,12 +1,17 @@
 """PyTorch as a reference for networks and weights."""
 
 import sys
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import torch
-import torch.nn.functional as F
+import pytest
 from flax.traverse_util import flatten_dict
+
+if TYPE_CHECKING:
+    import torch
+else:
+    torch = pytest.importorskip("torch")
+F = torch.nn.functional
 
 
 def import_torchvision() -> Any:
@@ -16,7 +21,7 @@ def import_torchvision() -> Any:
     (such as non-maximum suppression) that no classification network uses.
     """
     try:
-        import torchvision
+        return pytest.importorskip("torchvision")
     except RuntimeError:
         for name in [name for name in sys.modules if name.split(".")[0] == "torchvision"]:
             del sys.modules[name]
@@ -45,6 +50,8 @@ def torchvision_network(name: str, **options: Any) -> torch.nn.Module:
     for module in network.modules():
         if isinstance(module, torch.nn.BatchNorm2d):
             module.weight.data.uniform_(0.5, 1.5)
+            assert module.running_mean is not None
+            assert module.running_var is not None
             module.running_mean.normal_(0, 0.1)
             module.running_var.uniform_(0.5, 1.5)
         if getattr(module, "bias", None) is not None:
@@ -86,7 +93,9 @@ class TorchLayers:
         return F.batch_norm(x, mean, var, scale, bias, training=False, eps=1e-5)
 
     def dense(self, name: str, x: torch.Tensor) -> torch.Tensor:
-        return F.linear(x, self._get(f"{name}/kernel").T, self._get(f"{name}/bias"))
+        kernel = self._values[f"{name}/kernel"]
+        self.unused.discard(f"{name}/kernel")
+        return F.linear(x, kernel.T, self._get(f"{name}/bias"))
 
 
 def to_torch(images: np.ndarray) -> torch.Tensor:

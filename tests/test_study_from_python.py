@@ -5,6 +5,7 @@ import json
 import threading
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -13,7 +14,7 @@ from PIL import Image
 
 import flaxnets
 from flaxnets.cli.main import run_command
-from flaxnets.data import Dataset, Preprocess, Split
+from flaxnets.data import Augmentation, Dataset, Preprocess, Split
 from flaxnets.errors import SettingError
 from flaxnets.studies import grid
 from flaxnets.studies.results import SUMMARY
@@ -53,9 +54,7 @@ def made_dataset():
     images, labels = rng.integers(0, 256, (40, 8, 8, 1), np.uint8), np.arange(40, dtype=np.int32)
     split = Split(images, labels % 4)
     preprocess = Preprocess((8, 8, 1), (0.5,), (0.25,))
-    return Dataset(
-        "noise", "1", tuple("abcd"), split, split, preprocess, flaxnets.data.Augmentation()
-    )
+    return Dataset("noise", "1", tuple("abcd"), split, split, preprocess, Augmentation())
 
 
 def test_data_and_networks_of_ones_own(tmp_path):
@@ -133,7 +132,7 @@ def test_an_interrupted_cell_of_a_notebook_saves_its_runs(tmp_path, monkeypatch)
             raise KeyboardInterrupt
 
     class Pool(grid.ThreadPoolExecutor):
-        def submit(self, *args, **kwargs):
+        def submit(self, *args: Any, **kwargs: Any) -> Any:
             return Interrupted(super().submit(*args, **kwargs))
 
     def train_run(setup, seed, directory, on_progress, stop, *_, **__):

@@ -45,9 +45,9 @@ def die_at_call(owner: Any, name: str, count: int = 1, after: bool = False):
 def in_the_first_compilation():
     start_run = flaxnets.cli.progress.StudyProgress.start_run
 
-    def dying(*args):
+    def dying(*args: Any, **kwargs: Any):
         threading.Timer(0.7, die).start()
-        return start_run(*args)
+        return start_run(*args, **kwargs)
 
     flaxnets.cli.progress.StudyProgress.start_run = dying
 
@@ -64,10 +64,10 @@ def while_a_file_is_written(name):
     """The new content is in a temporary file, the old one still in place."""
     original = Path.replace
 
-    def replace(path, target):
+    def replace(self: Path, target):
         if Path(target).name == name:
             die()
-        return original(path, target)
+        return original(self, target)
 
     Path.replace = replace
 

@@ -12,6 +12,7 @@ os.environ["JAX_ENABLE_X64"] = "1"
 
 import sys
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -68,6 +69,6 @@ assert state.params["conv1"]["kernel"].dtype == jnp.float64
 assert len(state.params["conv1"]["kernel"].sharding.device_set) == jax.device_count()
 if is_primary():
     leaves = jax.tree_util.tree_flatten_with_path(state.replace(key=None))[0]
-    arrays = {jax.tree_util.keystr(path): np.asarray(leaf) for path, leaf in leaves}
+    arrays: dict[str, Any] = {jax.tree_util.keystr(path): np.asarray(leaf) for path, leaf in leaves}
     losses = [[row["train_loss"], row["test_loss"]] for row in result.rows]
     np.savez(directory / "state.npz", losses=losses, **arrays)

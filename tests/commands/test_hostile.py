@@ -110,7 +110,9 @@ def test_every_field_of_a_config_may_be_anything(run, watched):
 def test_every_field_of_a_record_may_be_anything(run):
     """A run whose record is none is left out of its study."""
     study = run.parent / "study"
-    run = shutil.move(run, study / "plain-8" / "seed-0")
+    moved = study / "plain-8" / "seed-0"
+    shutil.move(run, moved)
+    run = moved
     path = run / "checkpoints" / "22" / "progress" / "metadata"
     progress = json.loads(path.read_text())
     config = read_config(json.loads((run / "checkpoints/22/config/metadata").read_text()))

@@ -133,6 +133,7 @@ def test_output_that_nobody_reads_on(arguments, uninterrupted, tmp_path):
     """As `| head -1` has it."""
     out = tmp_path / "out"
     process = start(*COMMAND, *arguments, "--out", out)
+    assert process.stdout
     process.stdout.readline()
     process.stdout.close()
     process.stdout = None

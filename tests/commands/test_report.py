@@ -11,15 +11,12 @@ import shutil
 import warnings
 from dataclasses import replace
 from html.parser import HTMLParser
+from importlib.util import find_spec
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
 from PIL import Image
-from selenium import webdriver
-from selenium.webdriver import ActionChains, Keys
-from selenium.webdriver.chrome.options import Options
-from selenium.webdriver.chrome.service import Service
-from selenium.webdriver.common.by import By
 
 from flaxnets.cli.main import run_command
 from flaxnets.decoding import decode, encode
@@ -38,20 +35,31 @@ from flaxnets.studies.results import Run, group_runs
 from flaxnets.training import RunResult
 from flaxnets.training.config import DatasetConfig, ModelConfig, read_config
 from flaxnets.training.environment import Environment
-from flaxnets.training.result import METRICS
+from flaxnets.training.result import METRICS, Status
 from tests.commands.test_hostile import HOSTILE, changed, places
 from tests.conftest import load_script
 from tests.factories import make_run
+
+HAS_SELENIUM = find_spec("selenium") is not None
+if TYPE_CHECKING or HAS_SELENIUM:
+    from selenium import webdriver
+    from selenium.webdriver import ActionChains, Keys
+    from selenium.webdriver.chrome.options import Options
+    from selenium.webdriver.chrome.service import Service
+    from selenium.webdriver.common.by import By
 
 FLAGS = """--headless=new --no-sandbox --disable-gpu --no-first-run --disable-background-networking
 --disable-component-update --disable-sync --disable-quic"""
 DRIVER = shutil.which("chromedriver")
 needs_browser = pytest.mark.skipif(
-    DRIVER is None, reason="no chromedriver: apt-get install chromium chromium-driver"
+    DRIVER is None or not HAS_SELENIUM,
+    reason="no chromedriver: apt-get install chromium chromium-driver; pip install selenium",
 )
 
 
-def made_run(kind, depth, seed, errors=(80.0, 40.0, 20.0, 19.5), status="finished", **more):
+def made_run(
+    kind, depth, seed, errors=(80.0, 40.0, 20.0, 19.5), status: Status = "finished", **more
+):
     more = {"parameters": 1000 * depth, "total_steps": 44, **more}
     run = make_run(kind, depth, seed, status, errors, steps=11, **more)
     return replace(run, result=replace(run.result, seconds=62.5))
@@ -92,7 +100,7 @@ class Page(HTMLParser):
 
 
 def data_of(page):
-    return json.loads(re.search(r'<script type="application/json"[^>]*>(.*?)</script>', page)[1])
+    return json.loads(re.findall(r'<script type="application/json"[^>]*>(.*?)</script>', page)[0])
 
 
 # The command.
@@ -586,7 +594,7 @@ def test_what_no_option_gives_is_said_in_words(configs):
     recipe = replace(configs[0].recipe, weight_decay=0.5, epochs=None, steps=77)
     commands, remarks = reproduce([replace(config, recipe=recipe) for config in configs])
     assert commands == ["python experiments/degradation.py --depths 8"]
-    assert [re.search("sets (.*?):", remark)[1] for remark in remarks] == [
+    assert [re.findall("sets (.*?):", remark)[0] for remark in remarks] == [
         "epochs",
         "steps",
         "weight_decay",

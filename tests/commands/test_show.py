@@ -6,6 +6,7 @@ import pytest
 
 import flaxnets
 from flaxnets.cli.main import run_command
+from flaxnets.models import published_image_shape
 from flaxnets.models.cost import count_cost, list_modules
 from flaxnets.reporting.architecture_figures import find_blocks
 
@@ -48,7 +49,7 @@ def test_all_networks(show, capsys):
 @pytest.mark.parametrize("name", ["cifar_resnet26", "resnet50v2", "cnn"])
 def test_costs_of_the_list_are_those_of_all_layers(show, name):
     model = flaxnets.create_model(name)
-    shape = flaxnets.models.published_image_shape(name)
+    shape = published_image_shape(name)
     assert show.sum_costs(show.all_layers(model, shape)) == count_cost(
         model, shape, model.num_classes
     )
@@ -56,7 +57,7 @@ def test_costs_of_the_list_are_those_of_all_layers(show, name):
 
 def blocks_of(name, **overrides):
     model = flaxnets.create_model(name, **overrides)
-    shape = flaxnets.models.published_image_shape(name)
+    shape = published_image_shape(name)
     return find_blocks(list_modules(model, shape), getattr(model, "residual", False))
 
 

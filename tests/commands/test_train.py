@@ -10,6 +10,7 @@ import struct
 import subprocess
 import sys
 import time
+from typing import Any
 
 import jax
 import numpy as np
@@ -89,7 +90,7 @@ def test_a_run(trained, digits):
     run = flaxnets.restore(out)
     assert run.step == 24
     images, labels = digits.test
-    logits = run.model.apply(run.variables, run.preprocess(images))
+    logits: Any = run.model.apply(run.variables, run.preprocess(images))
     wrong = int((np.argmax(logits, -1) != labels).sum())
     assert 100 * wrong / len(labels) == float(rows[-1]["test_error"])
 
@@ -105,7 +106,7 @@ def test_the_best_checkpoint_is_that_of_the_lowest_validation_error(trained, dig
     from flaxnets.data.stream import hold_out
 
     _, rows = hold_out(digits.train.labels, 300)
-    logits = best.model.apply(best.variables, best.preprocess(digits.train.images[rows]))
+    logits: Any = best.model.apply(best.variables, best.preprocess(digits.train.images[rows]))
     wrong = int((np.argmax(logits, -1) != digits.train.labels[rows]).sum())
     assert 100 * wrong / 300 == min(errors)
 
@@ -406,7 +407,7 @@ def test_depth_is_not_read_from_a_name(train, data_dir):
     options = train.parse_arguments([*arguments, "--data-dir", str(data_dir)])
     run = plan_run(options.settings, options.out)
     assert run.config.depth == 8
-    schedule = run.config.recipe.make_schedule(64_000, run.config.depth)
+    schedule: Any = run.config.recipe.make_schedule(64_000, run.config.depth)
     assert float(schedule(0)) == pytest.approx(0.1)
 
 
@@ -495,15 +496,15 @@ def test_what_cannot_be_is_refused_in_one_line(command, tmp_path, arguments, pro
 def events(directory):
     """Every scalar in the event files as TensorBoard shows them: (name, step, value). A process
     that goes on says from which step those of earlier ones no longer count."""
-    from tensorboardX.proto.event_pb2 import Event, SessionLog
+    event_pb2: Any = pytest.importorskip("tensorboardX.proto.event_pb2")
 
     scalars = []
     for path in sorted(directory.glob("events*"), key=lambda path: path.stat().st_mtime_ns):
         data = path.read_bytes()
         while data:
             (length,) = struct.unpack("<Q", data[:8])
-            event = Event.FromString(data[12 : 12 + length])
-            if event.session_log.status == SessionLog.START:
+            event = event_pb2.Event.FromString(data[12 : 12 + length])
+            if event.session_log.status == event_pb2.SessionLog.START:
                 scalars = [scalar for scalar in scalars if scalar[1] < event.step]
             scalars += [(v.tag, event.step, v.simple_value) for v in event.summary.value]
             data = data[12 + length + 4 :]
@@ -513,6 +514,7 @@ def events(directory):
 @pytest.mark.slow
 def test_tensorboard_has_the_metrics(command, train, tmp_path, monkeypatch):
     """Of every epoch once, also of one that was not measured yet when its step was saved."""
+    pytest.importorskip("tensorboardX")
     arguments = ("--model", "cifar_resnet8", "--steps", "22", "--out", "out", "--tensorboard")
 
     def stopped(self):

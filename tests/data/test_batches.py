@@ -130,5 +130,6 @@ def test_preprocessing_resizes():
     preprocess = Preprocess((7, 7, 1), (0.5,), (0.25,), size=14)
     assert preprocess.input_shape == (14, 14, 1)
     whole = np.asarray(preprocess(images))[..., 0] * 0.25 + 0.5
-    expected = [Image.fromarray(image[..., 0]).resize((14, 14), 2) for image in images]
+    pictures = [Image.fromarray(image[..., 0]).resize((14, 14), 2) for image in images]
+    expected = list(map(np.asarray, pictures))
     np.testing.assert_allclose(255 * whole, np.stack(expected), atol=1.01)  # Pillow rounds twice

@@ -27,7 +27,7 @@ def test_crops_are_stored_by_name(name):
 
 def test_an_unknown_crop_is_refused():
     with pytest.raises(InputError, match="crop must be one of resized, scaled, fixed, none, not"):
-        Augmentation(crop="random")
+        Augmentation(crop="random")  # pyright: ignore[reportArgumentType]
     with pytest.raises(InputError, match="it is invalid"):
         decode(Augmentation, {**asdict(Augmentation()), "crop": "random"}, "it")
 

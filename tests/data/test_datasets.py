@@ -2,12 +2,13 @@ import importlib.util
 import io
 import subprocess
 import sys
-from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import tensorflow_datasets as tfds
 from PIL import Image
+from tensorflow_datasets.core.splits import SplitDict
 
 import flaxnets
 from flaxnets import InputError
@@ -20,7 +21,7 @@ from flaxnets.training import RECIPES, TrainSetup
 
 def make_dataset(directory, images, labels, name="made", features=None, **file_format):
     """Prepare a data set of `images` and `labels` the way TFDS does, without TensorFlow."""
-    features = features or {
+    keys: dict[str, Any] = features or {
         "image": tfds.features.Image(shape=(None, None, images[0].shape[-1])),
         "label": tfds.features.ClassLabel(names=["cat", "dog", "eel"]),
     }
@@ -29,9 +30,7 @@ def make_dataset(directory, images, labels, name="made", features=None, **file_f
         VERSION = tfds.core.Version("1.0.0")
 
         def _info(self):
-            return tfds.core.DatasetInfo(
-                builder=self, features=tfds.features.FeaturesDict(features)
-            )
+            return tfds.core.DatasetInfo(builder=self, features=tfds.features.FeaturesDict(keys))
 
         def _split_generators(self, dl_manager):
             return {"train": self._examples(), "test": self._examples()}
@@ -47,7 +46,7 @@ def make_dataset(directory, images, labels, name="made", features=None, **file_f
                 )
                 png.seek(0)
                 example = {"image": png, "label": int(label)}
-                yield i, {key: example[key] for key in features}
+                yield i, {key: example[key] for key in keys}
 
     Made.name = name
     Made(data_dir=str(directory), file_format="array_record").download_and_prepare()
@@ -119,7 +118,7 @@ def test_any_prepared_data_set_by_name(tmp_path, channels):
 def test_public_data_sets_through_tfds(tmp_path):
     # The metadata that preparing CIFAR-100 would have written; `mock_data` makes up the images.
     builder = tfds.builder("cifar100", data_dir=str(tmp_path), file_format="array_record")
-    directory = Path(builder.data_dir)
+    directory = builder.data_path
     directory.mkdir(parents=True)
     splits = [
         tfds.core.SplitInfo(
@@ -132,7 +131,7 @@ def test_public_data_sets_through_tfds(tmp_path):
         )
         for name in ("train", "test")
     ]
-    builder.info.set_splits(tfds.core.splits.SplitDict(splits))
+    builder.info.set_splits(SplitDict(splits))
     builder.info.write_to_directory(directory)
     with tfds.testing.mock_data(num_examples=20, data_dir=str(tmp_path)):
         dataset = load_dataset("cifar100", tmp_path)

@@ -6,6 +6,7 @@ import re
 import struct
 import zlib
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -13,8 +14,9 @@ from PIL import Image
 
 from flaxnets import InputError
 from flaxnets.data.checks import cache_path
-from flaxnets.data.folder import find_folder
+from flaxnets.data.folder import FileSource, find_folder
 from flaxnets.data.images import _check_pixels, check_picture
+from flaxnets.data.stream import Source
 from flaxnets.errors import FallbackWarning
 
 pytestmark = pytest.mark.unit
@@ -27,7 +29,7 @@ def save(path: Path, colour=(200, 30, 90), size=(9, 7), mode="RGB", **options) -
 
 
 def make_classes(
-    folder: Path, classes=("cat", "dog", "eel"), number=10, suffix=".png", **options
+    folder: Path, classes=("cat", "dog", "eel"), number=10, suffix=".png", **options: Any
 ) -> Path:
     for label in classes:
         for i in range(number):
@@ -40,10 +42,20 @@ def noise(size: int) -> Image.Image:
     return Image.fromarray(pixels)
 
 
-def make_splits(folder: Path, test="test", **options) -> Path:
+def make_splits(folder: Path, test="test", **options: Any) -> Path:
     make_classes(folder / "train", **options)
-    make_classes(folder / test, **options | {"number": 2})
+    make_classes(folder / test, **{**options, "number": 2})
     return folder
+
+
+def labels_of(source: Source) -> np.ndarray:
+    assert source.labels is not None
+    return source.labels
+
+
+def names_of(source: Source) -> tuple[str, ...]:
+    assert isinstance(source, FileSource)
+    return source.names
 
 
 @pytest.mark.parametrize("test", ["test", "val", "validation"])
@@ -55,8 +67,8 @@ def test_a_folder_with_a_split(tmp_path, test):
     assert dataset.channels == 3
     assert dataset.skipped == ()
     assert (len(dataset.train), len(dataset.test)) == (30, 6)
-    assert dataset.train.labels.dtype == np.int32
-    assert dataset.train.labels.tolist() == [0] * 10 + [1] * 10 + [2] * 10
+    assert labels_of(dataset.train).dtype == np.int32
+    assert labels_of(dataset.train).tolist() == [0] * 10 + [1] * 10 + [2] * 10
     path = tmp_path / "pets" / test / "dog" / "1.png"
     assert dataset.test[3] == (path.read_bytes(), 1)
     assert dataset.test.name(3) == str(path)
@@ -72,22 +84,22 @@ def test_a_folder_without_a_split_is_divided(tmp_path):
     make_classes(tmp_path, ("c",), 2)
     dataset = find_folder(tmp_path)
     assert dataset.class_names == ("a", "b", "c")
-    assert np.bincount(dataset.train.labels).tolist() == [16, 16, 1]
-    assert np.bincount(dataset.test.labels).tolist() == [4, 4, 1]
-    assert not set(dataset.train.names) & set(dataset.test.names)
+    assert np.bincount(labels_of(dataset.train)).tolist() == [16, 16, 1]
+    assert np.bincount(labels_of(dataset.test)).tolist() == [4, 4, 1]
+    assert not set(names_of(dataset.train)) & set(names_of(dataset.test))
     assert len(find_folder(tmp_path, test_fraction=0.5).test) == 21
 
 
 def test_the_division_depends_on_names_alone(tmp_path):
     first = find_folder(make_classes(tmp_path / "first"))
     moved = find_folder(make_classes(tmp_path / "second", colour=(1, 2, 3)))
-    assert moved.test.names == first.test.names
+    assert names_of(moved.test) == names_of(first.test)
     # Of another class nothing depends on.
     make_classes(tmp_path / "first", ("fox",))
     larger = find_folder(tmp_path / "first")
-    assert set(first.test.names) < set(larger.test.names)
+    assert set(names_of(first.test)) < set(names_of(larger.test))
     # Fixed for ever: runs are continued with it.
-    assert first.test.names == (
+    assert names_of(first.test) == (
         "cat/0.png",
         "cat/8.png",
         "dog/5.png",
@@ -109,7 +121,8 @@ def test_which_files_count(tmp_path):
     (tmp_path / ".cache").mkdir()
     (tmp_path / "train" / ".cache").mkdir()
     (tmp_path / "train" / "README").write_text("no picture")
-    names = [Path(name).name for name in find_folder(tmp_path).train.names if "cat" in name]
+    found = names_of(find_folder(tmp_path).train)
+    names = [Path(name).name for name in found if "cat" in name]
     assert sorted(names) == sorted(
         ["0.png", "a.JPG", "b.Jpeg", "c.webp", "d.BMP", "e e.png", "f\u00e9.png"]
     )
@@ -548,7 +561,7 @@ def test_other_pictures_of_equal_size_are_other_data(tmp_path):
     one = find_folder(make_classes(tmp_path / "one", suffix=".bmp"))
     same = find_folder(make_classes(tmp_path / "same", suffix=".bmp"))
     other = find_folder(make_classes(tmp_path / "other", suffix=".bmp", colour=(1, 2, 3)))
-    assert one.train.names == other.train.names
+    assert names_of(one.train) == names_of(other.train)
     assert one.fingerprint() == same.fingerprint() != other.fingerprint()
 
 

@@ -104,7 +104,7 @@ def test_exif_makes_pictures_upright(orientation, kind):
     # What a camera stores whose picture is upright after it has been turned back.
     undo = {2: 0, 3: 3, 4: 1, 5: 5, 6: 2, 7: 6, 8: 4}
     upright = picture(160, 96)
-    stored = upright.transpose(undo[orientation]) if orientation > 1 else upright
+    stored = upright.transpose(Image.Transpose(undo[orientation])) if orientation > 1 else upright
     exif = Image.Exif()
     exif[0x0112] = orientation
     data = encoded(stored, kind, exif=exif)
@@ -200,7 +200,7 @@ def test_fit_of_the_right_size_changes_nothing():
     ],
 )
 def test_fit_takes_the_centre(size, new, fraction, box):
-    assert fit_box(*size, *new, fraction) == pytest.approx(box)
+    assert fit_box(*size, *new, fraction=fraction) == pytest.approx(box)
 
 
 @pytest.mark.parametrize("size", [(1, 1), (1, 500), (3, 7), (49, 49), (500, 1)])
@@ -284,9 +284,12 @@ def test_crops_are_the_pixels_of_their_box():
     image = picture(200, 150)
     data = encoded(image)
     for seed in range(5):
-        box = resized_box(np.random.default_rng(seed), 200, 150)
+        box = map(round, resized_box(np.random.default_rng(seed), 200, 150))
+        left, top, right, bottom = box
         part = decode_crop(data, 3, 24, 32, partial(resized_box, np.random.default_rng(seed)))
-        expected = image.crop(tuple(map(round, box))).resize((32, 24), Image.Resampling.BILINEAR)
+        expected = image.crop((left, top, right, bottom)).resize(
+            (32, 24), Image.Resampling.BILINEAR
+        )
         assert abs(part.astype(int) - np.asarray(expected)).mean() < 1
         left, top, right, bottom = Crop.SCALED.draw_box(np.random.default_rng(seed), 24, 200, 150)
         draw = partial(Crop.SCALED.draw_box, np.random.default_rng(seed), 24)

@@ -47,6 +47,7 @@ def test_a_prepared_data_set_is_as_loaded(data_dir, digits):
     assert opened.fingerprint() == digits.fingerprint()
     assert (opened.preprocess, opened.augmentation) == (digits.preprocess, digits.augmentation)
     resized = open_dataset("digits", data_dir=data_dir, size=16)
+    assert isinstance(resized, Dataset)
     assert resized.preprocess == digits.resized(16).preprocess
     assert resized.fingerprint() == digits.fingerprint()
 
@@ -88,10 +89,14 @@ def test_a_part_of_the_training_images(data_dir, folder, storage):
         whole = open_dataset(name, **settings)
         rows = np.sort(np.random.RandomState(0).permutation(total)[:10])
         if storage == "memory":
+            assert isinstance(part, Dataset)
+            assert isinstance(whole, Dataset)
             assert (part.train.images == whole.train.images[rows]).all()
             assert (part.train.labels == whole.train.labels[rows]).all()
             assert part.preprocess.mean == channel_statistics(part.train.images)[0]
         else:
+            assert isinstance(part, StreamedDataset)
+            assert isinstance(whole, StreamedDataset)
             names = [part.train.name(i) for i in range(len(part.train))]
             assert names == [whole.train.name(row) for row in rows]
         for count in (0, total + 1):
@@ -126,7 +131,7 @@ def test_one_split_alone(data_dir, digits, folder, split):
 
 def test_mistakes_in_opening(data_dir, folder, monkeypatch):
     with pytest.raises(InputError, match="storage must be one of auto, memory, stream, not 'ram'"):
-        open_dataset(folder, storage="ram")
+        open_dataset(folder, storage="ram")  # pyright: ignore[reportArgumentType]
     for storage in ("auto", "memory"):
         with pytest.raises(InputError, match="pictures of different sizes; give an --image-size"):
             open_dataset(folder, storage=storage)

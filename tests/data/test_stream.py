@@ -13,6 +13,7 @@ import threading
 import time
 import warnings
 from contextlib import closing
+from typing import Any
 
 import jax
 import numpy as np
@@ -29,7 +30,9 @@ from flaxnets.data.datasets import channel_statistics, find_dataset
 from flaxnets.data.folder import find_folder
 from flaxnets.data.slots import Example, Slots, _owner, remove_leftovers
 from flaxnets.data.stream import (
+    Source,
     Subset,
+    TfdsSource,
     TrainStream,
     eval_batches,
     hold_out,
@@ -60,8 +63,9 @@ def pictures(tmp_path_factory):
 
 
 def make_stream(source, workers=0, **changes):
-    settings = {"image_size": 8, "channels": 3, "crop": "resized", "flip": True} | changes
-    return TrainStream(source, **({"batch_size": 5, "seed": 3} | settings), workers=workers)
+    settings: dict[str, Any] = {"image_size": 8, "channels": 3, "crop": "resized", "flip": True}
+    settings |= {"batch_size": 5, "seed": 3} | changes
+    return TrainStream(source, **settings, workers=workers)
 
 
 def same(batches, others) -> bool:
@@ -339,17 +343,10 @@ REASONS = {
 }
 
 
-class Replaced:
+def replace_unreadable(source: Source) -> Subset:
     """The training pictures of `damaged` after the replacements that its reader is to make."""
-
-    def __init__(self, source):
-        self.source = source
-
-    def __len__(self):
-        return len(self.source)
-
-    def __getitem__(self, index):
-        return self.source[{2: 4, 3: 4, 9: 10, 22: 0}.get(index, index)]
+    replacements = {2: 4, 3: 4, 9: 10, 22: 0}
+    return Subset(source, np.array([replacements.get(row, row) for row in range(len(source))]))
 
 
 def check_reports(warned, source, reasons=REASONS):
@@ -374,7 +371,7 @@ def check_reports(warned, source, reasons=REASONS):
 @pytest.mark.parametrize("crop", Crop)
 def test_unreadable_pictures_are_replaced_by_the_next_readable_ones(damaged, crop):
     """With the same crops, however much of the unreadable picture could be read."""
-    expected = list(make_stream(Replaced(damaged.train), crop=crop).batches(0, 8))
+    expected = list(make_stream(replace_unreadable(damaged.train), crop=crop).batches(0, 8))
     stream = make_stream(damaged.train, crop=crop, skip_unreadable=True)
     with pytest.warns(FallbackWarning) as warned:
         assert same(stream.batches(0, 8), expected)
@@ -385,7 +382,7 @@ def test_unreadable_pictures_are_replaced_by_the_next_readable_ones(damaged, cro
 
 @pytest.mark.parametrize("workers", [1, pytest.param(3, marks=pytest.mark.slow)])
 def test_workers_pass_on_what_they_skipped(damaged, workers):
-    expected = list(make_stream(Replaced(damaged.train)).batches(0, 8))
+    expected = list(make_stream(replace_unreadable(damaged.train)).batches(0, 8))
     with pytest.warns(FallbackWarning) as by_threads:
         list(make_stream(damaged.train, skip_unreadable=True).batches(0, 8))
     stream = make_stream(damaged.train, workers, skip_unreadable=True)
@@ -433,7 +430,7 @@ def test_an_unreadable_picture_is_reported_once_in_a_run(damaged):
 
 
 def test_unreadable_pictures_have_no_weight_in_evaluation(damaged):
-    expected = list(eval_batches(Replaced(damaged.train), 8, 3, 1.0, 5))
+    expected = list(eval_batches(replace_unreadable(damaged.train), 8, 3, 1.0, 5))
     with pytest.warns(FallbackWarning) as warned:
         batches = list(eval_batches(damaged.train, 8, 3, 1.0, 5, skip_unreadable=True))
     check_reports(warned, damaged.train)
@@ -488,8 +485,9 @@ def test_a_folder_that_is_gone_is_one_error(damaged, workers, recwarn):
 
 def test_damaged_records_are_not_skipped(tmp_path):
     make_dataset(tmp_path, random_images((4, 4, 1), (4, 4, 1)), [0, 1])
-    train = dataclasses.replace(stream_dataset(find_dataset("made", tmp_path)).train, num_classes=1)
-    source = Subset(train, np.arange(2))
+    train = stream_dataset(find_dataset("made", tmp_path)).train
+    assert isinstance(train, TfdsSource)
+    source = Subset(dataclasses.replace(train, num_classes=1), np.arange(2))
     settings = {"batch_size": 2, "channels": 1, "skip_unreadable": True}
     for message in ("has label 1, but", "is damaged"):
         with pytest.raises(InputError, match=message):
@@ -508,20 +506,21 @@ def test_a_run_whose_pictures_are_damaged_on_the_way(
     """Pictures to train with, to validate with and to test with."""
     root, out = tmp_path / "pictures", tmp_path / "out"
     shutil.copytree(pictures.train.root, root)
-    make_program, damaged = train.make_program, []
+    make_setup, damaged = train.make_setup, []
 
-    def damage_pictures(args, dataset, recipe, preprocess, model, train_rows, validation_rows):
+    def damage_pictures(run, *args, **kwargs):
+        data = run.data
         sources = (
-            Subset(dataset.train, train_rows),
-            Subset(dataset.train, validation_rows),
-            dataset.test,
+            Subset(data.dataset.train, data.train_rows),
+            Subset(data.dataset.train, data.validation_rows),
+            data.dataset.test,
         )
         for source in sources:
             damaged.append(source.name(1))
             os.remove(damaged[-1])
-        return make_program(args, dataset, recipe, preprocess, model, train_rows, validation_rows)
+        return make_setup(run, *args, **kwargs)
 
-    monkeypatch.setattr(train, "make_program", damage_pictures)
+    monkeypatch.setattr(train, "make_setup", damage_pictures)
     arguments = ["--model", "cifar_resnet8", "--dataset", f"folder:{root}", "--stream"]
     arguments += ["--image-size", "8", "--batch-size", "6", "--validation", "4", "--epochs", "3"]
     arguments += ["--augment", "resized-crop", "--out", str(out)]
@@ -542,7 +541,7 @@ def test_a_run_whose_pictures_are_damaged_on_the_way(
     run = flaxnets.restore(out)
     read = [i for i in range(7) if i != 1]
     seen = [fit(decode_image(pictures.test[i][0], 3), 8, 8, 0.875) for i in read]
-    logits = run.model.apply(run.variables, run.preprocess(np.stack(seen)), train=False)
+    logits: Any = run.model.apply(run.variables, run.preprocess(np.stack(seen)), train=False)
     wrong = (np.argmax(logits, -1) != pictures.test.labels[read]).sum()
     with open(out / "metrics.csv", newline="") as file:
         row = list(csv.DictReader(file))[-1]

@@ -143,7 +143,7 @@ def test_a_depth_has_its_colour_and_a_kind_its_panel(draw, name):
         assert title.startswith(("plain", "residual"))
         # Each label at the end of a line has its depth's colour, and lines have no others.
         for text in ax.texts:
-            depth = int(re.match(r"\d+", text.get_text())[0])
+            depth = int(re.findall(r"^\d+", text.get_text())[0])
             assert to_hex(text.get_color()) == colours[depth]
         assert {to_hex(line.get_color()) for line in ax.lines} == {colours[8], colours[14]}
         solid = [line for line in ax.lines if line.get_linestyle() == "-"]

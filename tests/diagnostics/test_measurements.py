@@ -1,6 +1,7 @@
 """The diagnostics as functions, each against another way to compute it."""
 
-from types import SimpleNamespace
+from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -25,7 +26,11 @@ from flaxnets.diagnostics import (
 )
 from flaxnets.diagnostics import construction as construction_module
 from flaxnets.diagnostics.finding import NotPossibleError
+from flaxnets.diagnostics.study import DiagnosedStudy, MeasuredNetwork
+from flaxnets.models.resnet import ResNet
 from flaxnets.models.stacking import stack_blocks
+from flaxnets.parallel import data_mesh
+from flaxnets.training import create_state
 from tests.factories import make_run
 from tests.helpers import quick_jit, random_images, random_variables
 
@@ -171,8 +176,14 @@ def test_a_block_less_is_a_network_without_it(twins, images, kind):
     assert errors[None] != 25.0
 
 
+def create_resnet(name: str, **overrides: Any) -> ResNet:
+    model = flaxnets.create_model(name, **overrides)
+    assert isinstance(model, ResNet)
+    return model
+
+
 def test_identities_between_blocks_change_nothing(images):
-    shallow, deep = (flaxnets.create_model(f"cifar_plain{depth}") for depth in (8, 26))
+    shallow, deep = (create_resnet(f"cifar_plain{depth}") for depth in (8, 26))
     variables = random_variables(shallow, images)
     found = insert_identities(shallow, variables, deep, images)
     expected = jax.eval_shape(deep.init, jax.random.key(0), images)
@@ -190,7 +201,7 @@ def test_identities_between_blocks_change_nothing(images):
 
 
 def test_identities_in_bfloat16_are_exact_too(images):
-    models = (flaxnets.create_model(f"cifar_plain{d}", dtype=jnp.bfloat16) for d in (8, 14))
+    models = (create_resnet(f"cifar_plain{d}", dtype=jnp.bfloat16) for d in (8, 14))
     shallow, deep = models
     variables = random_variables(shallow, images)
     found = insert_identities(shallow, variables, deep, images)
@@ -221,11 +232,11 @@ def test_maps_of_odd_sizes():
 
 
 def test_only_plain_networks_of_a_family_are_made_deeper(images):
-    shallow = flaxnets.create_model("cifar_plain14")
+    shallow = create_resnet("cifar_plain14")
     variables = random_variables(shallow, images)
     for deep in ("cifar_resnet26", "cifar_plain8", "plain18"):
         with pytest.raises(ValueError, match="identities can only be inserted between"):
-            insert_identities(shallow, variables, flaxnets.create_model(deep), images)
+            insert_identities(shallow, variables, create_resnet(deep), images)
 
 
 def test_directions_have_the_norms_of_the_filters(twins):
@@ -271,12 +282,12 @@ def test_the_surface_is_the_loss_of_moved_kernels(twins, images):
 def test_gradients_are_logged_and_go_back_with_the_run(twins, images, tmp_path):
     _, model, variables = twins
     log = GradientLog(model, images, jnp.asarray(LABELS))
-    state = SimpleNamespace(variables=variables)
+    state = create_state(model, optax.sgd(0.1), 0, (8, 8, 1), data_mesh()).replace(**variables)
     for epoch in (1, 2, 3):
         log.write(tmp_path, state, {"epoch": epoch, "step": 11 * epoch})
     # Taken up again after the first epoch.
     scanned = GradientLog(model.clone(scan_blocks=True), images, jnp.asarray(LABELS))
-    state.variables = stack_blocks(variables)
+    state = state.replace(**stack_blocks(variables))
     scanned.write(tmp_path, state, {"epoch": 2, "step": 22})
     rows = read_gradients(tmp_path, layer_names(variables["params"]))
     assert [(row["epoch"], row["step"]) for row in rows] == [(1, 11), (2, 22)]
@@ -296,12 +307,13 @@ def test_a_damaged_log_is_named(tmp_path):
     assert read_gradients(tmp_path / "nowhere", ["conv1"]) == []
 
 
-def test_a_batch_that_does_not_fit_skips_the_construction(study, data_dir, monkeypatch):
+def test_a_batch_that_does_not_fit_skips_the_construction(digits, monkeypatch):
     """It is trained with the batch size of the study, whatever this machine's devices."""
     monkeypatch.setattr(construction_module.jax, "device_count", lambda: 7)
-    runs = SimpleNamespace(run=make_run("plain", 8, 0))
-    images = SimpleNamespace(dataset=SimpleNamespace(train=SimpleNamespace(labels=range(1437))))
+    untouched: Any = None
+    network = MeasuredNetwork(make_run("plain", 8, 0), untouched, untouched)
+    diagnosed = DiagnosedStudy(Path(), [network], (8,), digits, untouched, untouched)
     with pytest.raises(
         NotPossibleError, match="batches of 128 of 1437 images do not split evenly over"
     ):
-        construction_module.continue_training(images, None, runs, runs, {})
+        construction_module.continue_training(diagnosed, untouched, network, network, {})

@@ -7,12 +7,9 @@ import subprocess
 import sys
 
 import pytest
-import safetensors.torch
-import torch
 
 import flaxnets
 from tests.pages import BLOCKS, PAGES, ROOT, TEXTS, block
-from tests.reference import torchvision_network
 
 LINK = re.compile(r"\]\(([^)\s]+)\)")
 
@@ -96,10 +93,13 @@ def test_features(run):
 
 @pytest.mark.slow
 def test_weights_from_and_to_pytorch(run, tmp_path):
+    torch, safetensors_torch = map(pytest.importorskip, ("torch", "safetensors.torch"))
+    from tests.reference import torchvision_network
+
     state = torchvision_network("resnet18").state_dict()
-    safetensors.torch.save_file(state, tmp_path / "resnet18.safetensors")
+    safetensors_torch.save_file(state, tmp_path / "resnet18.safetensors")
     run("-c", block("load_torch("))
-    again = safetensors.torch.load_file(tmp_path / "again.safetensors")
+    again = safetensors_torch.load_file(tmp_path / "again.safetensors")
     assert all(torch.equal(again[key], value) for key, value in state.items())
 
 

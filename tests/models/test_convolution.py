@@ -23,7 +23,7 @@ from tests.processes import COMMAND, finish
 @contextmanager
 def without_compilation_cache():
     """The tests' own, with which oneDNN cannot be used."""
-    directory = jax.config.jax_compilation_cache_dir
+    directory = jax.config.values["jax_compilation_cache_dir"]
     jax.config.update("jax_compilation_cache_dir", None)
     compilation_cache.reset_cache()
     yield
@@ -95,6 +95,7 @@ def test_equals_the_ordinary_convolution_in_value_and_derivatives(shape):
 @needs_onednn
 def test_a_kernel_gradient_in_parts(monkeypatch):
     x, kernel, settings = operands(SHAPES[1])
+    x, kernel = jnp.asarray(x), jnp.asarray(kernel)
     monkeypatch.setattr(convolution, "LARGE", x.size)
     monkeypatch.setattr(convolution, "PART", 2)
     gradient = jax.grad(lambda conv, k: (conv(x, k, **settings) ** 2).sum(), 1)

@@ -1,16 +1,18 @@
 """The Keras guides' networks, against the same built in Keras 3 with the same numbers."""
 
 import os
+from typing import Any
 
 os.environ["KERAS_BACKEND"] = "jax"
 
-import keras
 import pytest
 from flax.traverse_util import flatten_dict
-from keras import layers
 
 import flaxnets
 from tests.helpers import quick_jit, random_images, random_variables, relative_error
+
+keras = pytest.importorskip("keras")
+layers = keras.layers
 
 LEAVES = {
     "kernel": "kernel",
@@ -25,7 +27,8 @@ def check(model, network, *images):
     """The Keras `network`, whose layers are called by our paths, gives the model's logits."""
     variables = random_variables(model, *images)
     assigned = 0
-    for path, leaf in flatten_dict(variables).items():
+    leaves: Any = flatten_dict(variables)
+    for path, leaf in leaves.items():
         layer = network.get_layer("-".join(path[1:-1]))
         beta = path[-1] == "bias" and isinstance(layer, layers.BatchNormalization)
         getattr(layer, "beta" if beta else LEAVES[path[-1]]).assign(leaf)

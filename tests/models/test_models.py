@@ -1,6 +1,7 @@
 """What holds for every network: size, features, stages, types, gradients, names."""
 
 import pickle
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -211,7 +212,8 @@ def test_every_parameter_gets_a_gradient(name):
     model, shape = small_model(name, **without_dropout)
     images = random_images(4, *shape)
     variables = random_variables(model, images)
-    for path, gradient in flatten_dict(gradients(model, variables, images)).items():
+    leaves: Any = flatten_dict(gradients(model, variables, images))
+    for path, gradient in leaves.items():
         assert np.isfinite(gradient).all(), path
         assert np.any(np.asarray(gradient) != 0), path
 

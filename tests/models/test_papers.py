@@ -1,13 +1,14 @@
 """Networks that torchvision lacks, against PyTorch code written from their papers."""
 
 import pytest
-import torch
-import torch.nn.functional as F
 
 import flaxnets
 from flaxnets.models.layers import adaptive_average_pool
 from tests.helpers import quick_jit, random_images, random_variables, relative_error
 from tests.reference import TorchLayers, to_torch, torchvision
+
+torch = pytest.importorskip("torch")
+F = torch.nn.functional
 
 
 def check(model, images, reference):

@@ -1,3 +1,5 @@
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import pytest
@@ -16,7 +18,8 @@ def shapes_of(name: str, image_shape=(32, 32, 3), **overrides):
     variables = jax.eval_shape(
         lambda: model.init(jax.random.key(0), jnp.zeros((1, *image_shape)), train=False)
     )
-    return {path: leaf.shape for path, leaf in flatten_dict(variables).items()}
+    leaves: Any = flatten_dict(variables)
+    return {path: leaf.shape for path, leaf in leaves.items()}
 
 
 @pytest.mark.parametrize(("depth", "parameters"), [(8, 75_290), (18, 195_738), (34, 468_826)])
@@ -77,7 +80,7 @@ def test_plain_tree_is_residual_tree_without_shortcuts(name, shortcut):
 def test_twins_start_bit_identical():
     key = jax.random.key(7)
     for shortcut in ("A", "B"):
-        twins = [
+        twins: Any = [
             flatten_dict(
                 init_variables(
                     flaxnets.create_model(f"cifar_{kind}8", shortcut=shortcut), key, (8, 8, 1)
@@ -110,7 +113,7 @@ def test_zero_padded_shortcut_puts_channels_in_the_middle():
     images = jax.random.normal(jax.random.key(0), (2, 8, 8, 3))
     variables = init_variables(model, jax.random.key(0), (8, 8, 3))
     _, seen = model.apply(variables, images, capture_intermediates=True)
-    outputs = seen["intermediates"]
+    outputs: Any = seen["intermediates"]
     before = outputs["stage1_block1"]["__call__"][0]
     after = outputs["stage2_block1"]["__call__"][0]
     # With the last scale at zero a block is its shortcut: 16 channels, then 32.

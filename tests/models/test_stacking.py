@@ -78,19 +78,16 @@ def compile_gradient(depth, **settings):
 def test_operations_grow_in_proportion_to_depth():
     # Six blocks more, and again six. Recomputing the residual stream in every later block, as XLA
     # does when the rectifier is a maximum, gives 1.26.
-    first, second, third = (compile_gradient(d).cost_analysis()["flops"] for d in (8, 20, 32))
+    costs = [compile_gradient(depth).cost_analysis() for depth in (8, 20, 32)]
+    first, second, third = (cost["flops"] for cost in costs if cost)
     assert 0.9 < (third - second) / (second - first) < 1.1
 
 
 @pytest.mark.slow
 def test_a_scanned_program_does_not_grow():
+    programs = [compile_gradient(depth, scan_blocks=True).as_text() for depth in (20, 32)]
     instructions = [
-        len(
-            re.findall(
-                r"^ .* = ", compile_gradient(depth, scan_blocks=True).as_text(), re.MULTILINE
-            )
-        )
-        for depth in (20, 32)
+        len(re.findall(r"^ .* = ", program, re.MULTILINE)) for program in programs if program
     ]
     assert instructions[0] == instructions[1]
 

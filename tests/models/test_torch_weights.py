@@ -1,16 +1,18 @@
 import sys
+from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import safetensors.torch
-import torch
-import torch.nn.functional as F
 from flax.traverse_util import flatten_dict
 
 import flaxnets
 from tests.helpers import quick_jit, random_images, random_variables, relative_error
 from tests.reference import to_torch, torchvision_network
+
+torch = pytest.importorskip("torch")
+F = torch.nn.functional
+safetensors_torch = pytest.importorskip("safetensors.torch")
 
 
 @pytest.fixture(scope="module")
@@ -70,10 +72,11 @@ def cifar_logits(state, x):
 
 
 def same(a, b):
-    a, b = flatten_dict(a), flatten_dict(b)
-    assert a.keys() == b.keys()
-    for path in a:
-        assert np.array_equal(a[path], b[path]), path
+    ours: Any = flatten_dict(a)
+    theirs: Any = flatten_dict(b)
+    assert ours.keys() == theirs.keys()
+    for path in ours:
+        assert np.array_equal(ours[path], theirs[path]), path
 
 
 def test_cifar_resnet_of_the_common_layout():
@@ -95,7 +98,7 @@ def test_round_trip_is_exact_and_loads_into_torchvision(name, tmp_path):
     _, variables = flaxnets.load_torch(name, state)
     path = tmp_path / "weights.safetensors"
     flaxnets.save_torch(variables, name, path)
-    written = safetensors.torch.load_file(path)
+    written = safetensors_torch.load_file(path)
     network.load_state_dict(written, strict=True)
     assert written.keys() == state.keys()
     for key, value in state.items():
@@ -125,7 +128,7 @@ def test_files(suffix, tmp_path):
     state = cifar_state(8)
     path = tmp_path / f"weights{suffix}"
     if suffix == ".safetensors":
-        safetensors.torch.save_file(state, path)
+        safetensors_torch.save_file(state, path)
     else:
         nested = {f"module.{key}": value for key, value in state.items()}
         torch.save({"state_dict": nested, "best_prec1": 91.5}, path)
@@ -140,7 +143,7 @@ def test_other_types_become_float32(dtype, tmp_path):
     state = cifar_state(8)
     state = {k: v.to(dtype) if v.is_floating_point() else v for k, v in state.items()}
     path = tmp_path / "weights.safetensors"
-    safetensors.torch.save_file(state, path)
+    safetensors_torch.save_file(state, path)
     for weights in (state, path):
         _, variables = flaxnets.load_torch("cifar_resnet8", weights)
         kernel = variables["params"]["conv1"]["kernel"]
@@ -236,7 +239,8 @@ def test_the_weights_are_a_copy():
     before = {path: np.array(leaf) for path, leaf in flatten_dict(variables).items()}
     for value in state.values():
         value.add_(1)
-    for path, leaf in flatten_dict(variables).items():
+    leaves: Any = flatten_dict(variables)
+    for path, leaf in leaves.items():
         assert np.array_equal(leaf, before[path]), path
 
 
@@ -267,7 +271,7 @@ def test_files_that_cannot_be_read(tmp_path):
 
     state = cifar_state(8)
     torch.save(state, tmp_path / "whole.pth")
-    safetensors.torch.save_file(state, tmp_path / "whole.safetensors")
+    safetensors_torch.save_file(state, tmp_path / "whole.safetensors")
     for suffix in ("pth", "safetensors"):
         content = (tmp_path / f"whole.{suffix}").read_bytes()
         path = tmp_path / f"part.{suffix}"
@@ -296,7 +300,7 @@ def test_nothing_but_tensors_is_unpickled(tmp_path):
 
 def test_safetensors_need_no_torch_and_pth_says_so(tmp_path, monkeypatch):
     state = cifar_state(8)
-    safetensors.torch.save_file(state, tmp_path / "weights.safetensors")
+    safetensors_torch.save_file(state, tmp_path / "weights.safetensors")
     torch.save(state, tmp_path / "weights.pth")
     monkeypatch.setitem(sys.modules, "torch", None)
     _, variables = flaxnets.load_torch("cifar_resnet8", tmp_path / "weights.safetensors")
@@ -313,7 +317,7 @@ def test_variables_that_are_not_the_networks_are_refused(tmp_path):
         flaxnets.save_torch(variables, "vgg16", path)
     for wrong in (None, [1], {"params": {"conv1": {"kernel": np.ones(3)}}}):
         with pytest.raises(flaxnets.InputError, match="no params/conv1"):
-            flaxnets.save_torch(wrong, "cifar_resnet8", path)
+            flaxnets.save_torch(wrong, "cifar_resnet8", path)  # pyright: ignore[reportArgumentType]
     stacked = {
         **variables,
         "params": {**variables["params"], "bn1": {"scale": np.ones((2, 16)), "bias": np.ones(16)}},

@@ -1,15 +1,18 @@
 """Networks that torchvision has, with the same weights: the same numbers."""
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import torch
 from flax.traverse_util import flatten_dict
 
 import flaxnets
 from tests.helpers import quick_jit, random_images, relative_error
 from tests.reference import to_torch, torchvision_network
+
+torch = pytest.importorskip("torch")
 
 slow = pytest.mark.slow
 
@@ -42,7 +45,7 @@ def test_evaluation(name):
 )
 def test_training(name):
     """Logits, every gradient and the running statistics of one step, in float64."""
-    network = torchvision_network(name, num_classes=10)
+    network: Any = torchvision_network(name, num_classes=10)
     options = {}
     if name == "vgg11_bn":  # 25,088 x 4,096 weights in float64 would be a gigabyte a copy
         network.avgpool = torch.nn.AdaptiveAvgPool2d(2)
@@ -95,7 +98,8 @@ def test_training(name):
         gradient, (ours, batch_stats) = step(variables)
 
     assert relative_error(ours, logits.detach()) <= 1e-8
-    gradient, expected_gradient = flatten_dict(gradient), flatten_dict(expected["params"])
+    gradient: Any = flatten_dict(gradient)
+    expected_gradient: Any = flatten_dict(expected["params"])
     assert gradient.keys() == expected_gradient.keys()
     whole = np.sqrt(sum(np.square(g).sum() for g in expected_gradient.values()))
     for path, theirs in expected_gradient.items():
@@ -107,6 +111,8 @@ def test_training(name):
             assert difference <= 1e-12 * whole, path
         else:
             assert difference <= 1e-8 * norm, path
-    for path, statistics in flatten_dict(batch_stats).items():
-        theirs = flatten_dict(expected["batch_stats"])[path]
+    expected_statistics: Any = flatten_dict(expected["batch_stats"])
+    batch_stats: Any = flatten_dict(batch_stats)
+    for path, statistics in batch_stats.items():
+        theirs = expected_statistics[path]
         np.testing.assert_allclose(statistics, theirs, rtol=1e-8, atol=1e-10, err_msg=str(path))

@@ -7,12 +7,13 @@ from rich.console import Console
 from flaxnets.reporting.comparison import bootstrap_interval, depth_pairs, paired_differences
 from flaxnets.reporting.tables import differences_table
 from flaxnets.studies.results import group_runs
+from flaxnets.training.result import Status
 from tests.factories import make_run
 
 pytestmark = pytest.mark.unit
 
 
-def networks(errors, status="finished"):
+def networks(errors, status: Status = "finished"):
     """Plain networks: depth -> final training error of each seed."""
     runs = [
         make_run("plain", depth, seed, status, errors=(90.0, error))

@@ -9,6 +9,8 @@ import os
 os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=8"
 os.environ["JAX_ENABLE_X64"] = "1"
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -28,7 +30,7 @@ def train(num_devices, steps, dtype):
     mesh = data_mesh(jax.devices()[:num_devices])
     model = flaxnets.create_model("cifar_resnet8", dtype=dtype, param_dtype=dtype)
     optimizer = RECIPES["he2015-cifar"].make_optimizer(100, 8)
-    step = make_train_step(model, optimizer, preprocess, Augmentation(1, True), 16, mesh)
+    step: Any = make_train_step(model, optimizer, preprocess, Augmentation(1, True), 16, mesh)
     state = create_state(model, optimizer, 0, (8, 8, 3), mesh)
     split = replicate(made, mesh)
     if num_devices == 8 and steps == 1:

@@ -3,6 +3,7 @@
 import subprocess
 import sys
 from dataclasses import replace
+from typing import Any
 
 import flax.linen as nn
 import jax
@@ -40,13 +41,14 @@ def test_like_scikit_learn():
     expected = 100 * (1 - metrics.accuracy_score(labels, predicted))
     assert 10 < evaluation.top1_error == pytest.approx(expected)
     expected = 100 * (1 - metrics.top_k_accuracy_score(labels, logits, k=5, labels=every))
+    assert evaluation.top5_error is not None
     assert 0 < evaluation.top5_error == pytest.approx(expected)
     probabilities = compute_probabilities(logits)
     assert evaluation.loss == pytest.approx(metrics.log_loss(labels, probabilities), rel=1e-6)
     confusion = metrics.confusion_matrix(labels, predicted, labels=every)
     np.testing.assert_array_equal(evaluation.confusion, confusion)
-    recall = 100 * metrics.recall_score(labels, predicted, average=None)
-    np.testing.assert_allclose(evaluation.class_accuracy, recall)
+    recall = metrics.precision_recall_fscore_support(labels, predicted)[1]
+    np.testing.assert_allclose(evaluation.class_accuracy, 100 * np.asarray(recall))
     np.testing.assert_array_equal(evaluation.class_counts, np.bincount(labels))
     assert (evaluation.count, evaluation.undecided) == (300, 0)
 
@@ -57,6 +59,7 @@ def test_by_hand():
     assert evaluation.loss == pytest.approx(-np.log([0.5, 0.5, 0.2, 0.6]).mean(), rel=1e-6)
     assert evaluation.top1_error == 25.0
     assert evaluation.top5_error is None
+    assert evaluation.confusion is not None
     assert evaluation.confusion.tolist() == [[2, 0, 0], [1, 1, 0], [0, 0, 0]]
     assert evaluation.class_counts.tolist() == [2, 2, 0]
     np.testing.assert_array_equal(evaluation.class_accuracy, [100, 50, np.nan])
@@ -71,9 +74,12 @@ def test_nan_logits_are_errors():
     logits[right[1], (labels[right[1]] + 1) % 7] = np.nan
     logits[right[2]] = np.nan
     evaluation = evaluate_logits(logits, labels)
-    assert evaluation.top1_error == 100 * int(count_errors(logits, labels).sum()) / 300
+    errors = count_errors(jnp.asarray(logits), jnp.asarray(labels))
+    assert evaluation.top1_error == 100 * int(errors.sum()) / 300
     assert evaluation.top1_error == pytest.approx(before.top1_error + 1)
+    assert before.top5_error is not None
     assert evaluation.top5_error == pytest.approx(before.top5_error + 1)
+    assert evaluation.confusion is not None
     assert (evaluation.confusion.sum(), evaluation.undecided) == (297, 3)
     assert np.isnan(evaluation.loss)
     lost = before.class_counts * (before.class_accuracy - evaluation.class_accuracy)
@@ -82,6 +88,7 @@ def test_nan_logits_are_errors():
 
 def test_of_equal_logits_the_first_counts():
     evaluation = evaluate_logits(np.zeros((6, 6), np.float32), np.arange(6))
+    assert evaluation.confusion is not None
     assert evaluation.confusion[:, 0].tolist() == [1] * 6
     assert evaluation.top1_error == pytest.approx(500 / 6)
     assert evaluation.top5_error == pytest.approx(100 / 6)
@@ -119,7 +126,7 @@ def test_probabilities_of_large_logits():
     np.testing.assert_allclose(probabilities[1], [1 / (1 + np.e), np.e / (1 + np.e)])
     assert np.isnan(probabilities[2]).all()
     # Apart where float32 would have them all at 1.
-    close = compute_probabilities(np.float32([[20, 0], [25, 0]])).max(1)
+    close = compute_probabilities(np.array([[20, 0], [25, 0]], np.float32)).max(1)
     assert close[0] < close[1] < 1
 
 
@@ -140,8 +147,8 @@ def test_logits_batch_by_batch(count, batch, used):
     images = np.random.default_rng(0).integers(0, 256, (count, 2, 3, 1), dtype=np.uint8)
     preprocess = Preprocess((2, 3, 1), (0.5,), (0.25,))
     model = Tiny()
-    variables = model.init(jax.random.key(0), preprocess(images))
-    expected = model.apply(variables, preprocess(images))
+    variables: Any = model.init(jax.random.key(0), preprocess(images))
+    expected: Any = model.apply(variables, preprocess(images))
     SHAPES.clear()
     logits = compute_logits(model, variables, preprocess, images, batch)
     assert set(SHAPES) == {(used, 2, 3, 1)}

@@ -1,5 +1,6 @@
 import re
 from dataclasses import fields, replace
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -24,10 +25,10 @@ def test_he2015_cifar_is_the_papers():
     recipe = RECIPES["he2015-cifar"]
     total = recipe.total_steps(50_000)
     assert total == 64_000
-    rates = recipe.make_schedule(total, depth=56)
+    rates: Any = recipe.make_schedule(total, depth=56)
     expected = {0: 0.1, 399: 0.1, 31_999: 0.1, 32_000: 0.01, 47_999: 0.01, 48_000: 0.001}
     np.testing.assert_allclose([rates(s) for s in expected], list(expected.values()), rtol=1e-6)
-    deep = recipe.make_schedule(total, depth=110)
+    deep: Any = recipe.make_schedule(total, depth=110)
     np.testing.assert_allclose([deep(0), deep(399), deep(400)], [0.01, 0.01, 0.1], rtol=1e-6)
     assert (recipe.batch_size, recipe.momentum, recipe.weight_decay) == (128, 0.9, 1e-4)
 
@@ -36,7 +37,7 @@ def test_the_schedule_scales_with_the_length():
     recipe = replace(RECIPES["he2015-cifar"], steps=None, epochs=2)
     total = recipe.total_steps(50_000)
     assert total == 2 * 390  # the incomplete batch is dropped
-    rates = recipe.make_schedule(total, depth=56)
+    rates: Any = recipe.make_schedule(total, depth=56)
     expected = {389: 0.1, 390: 0.01, 584: 0.01, 585: 0.001}
     np.testing.assert_allclose([rates(s) for s in expected], list(expected.values()), rtol=1e-6)
 
@@ -45,7 +46,7 @@ def test_weight_decay_is_coupled_and_on_every_parameter():
     """Two updates by hand: decay enters the gradient, before momentum."""
     recipe = RECIPES["he2015-cifar"]
     optimizer = recipe.make_optimizer(64_000, depth=20)
-    params = {"kernel": jnp.float32([2.0]), "bias": jnp.float32([-3.0])}
+    params: Any = {"kernel": jnp.float32([2.0]), "bias": jnp.float32([-3.0])}
     expected = {name: float(value[0]) for name, value in params.items()}
     velocity = dict.fromkeys(expected, 0.0)
     state = optimizer.init(params)
@@ -64,7 +65,7 @@ def rates(name, epochs_of, examples=50_000):
     """Learning rate of a preset in each of these epochs (counted from 0), at their first update."""
     recipe = RECIPES[name]
     total = recipe.total_steps(examples)
-    schedule = recipe.make_schedule(total, depth=20)
+    schedule: Any = recipe.make_schedule(total, depth=20)
     return [float(schedule(epoch * total // recipe.epochs)) for epoch in epochs_of]
 
 
@@ -81,7 +82,7 @@ def test_published_schedules():
 
 def test_cosine_rises_and_ends_at_zero():
     recipe = replace(RECIPES["modern-cifar"], epochs=None, steps=100, warmup=0.2, learning_rate=0.5)
-    schedule = recipe.make_schedule(100, depth=20)
+    schedule: Any = recipe.make_schedule(100, depth=20)
     np.testing.assert_allclose([schedule(s) for s in (0, 10, 20, 60)], [0, 0.25, 0.5, 0.25])
     assert 0 < schedule(99) < 0.002
 
@@ -108,16 +109,17 @@ def test_what_decays(name, decayed):
     optimizer = recipe.make_optimizer(1000, depth=20)
     zeros = jax.tree.map(jnp.zeros_like, PARAMS)
     updates, _ = optimizer.update(zeros, optimizer.init(PARAMS), PARAMS)
-    flat = flatten_dict(updates, sep=".")
+    flat: Any = flatten_dict(updates, sep=".")
     assert {path for path, update in flat.items() if jnp.abs(update).max() > 0} == decayed
 
 
 @pytest.mark.parametrize("name", list(RECIPES))
 def test_every_recipe_updates(name):
     optimizer = RECIPES[name].make_optimizer(1000, depth=20)
-    state = optimizer.init(PARAMS)
-    for _ in range(2):  # a rate that rises from 0 does nothing in the first one
-        updates, state = jax.jit(optimizer.update)(PARAMS, state, PARAMS)
+    update = jax.jit(optimizer.update)
+    # A rate that rises from 0 does nothing in the first one.
+    _, state = update(PARAMS, optimizer.init(PARAMS), PARAMS)
+    updates, _ = update(PARAMS, state, PARAMS)
     assert all(jnp.abs(leaf).min() > 0 for leaf in jax.tree.leaves(updates))
 
 
@@ -129,6 +131,8 @@ def test_a_plateau_lowers_the_rate():
     assert recipe.plateau is not None
     optimizer = recipe.make_optimizer(100, depth=20)
     state = optimizer.init(PARAMS)
+    first: Any
+    later: Any
     first, state = optimizer.update(PARAMS, state, PARAMS)
     scales = []
     losses = [3.0, 2.0, 2.0, 2.0, 1.9, 1.95, float("nan"), 1.95, 1.95, 1.95, 1.95]

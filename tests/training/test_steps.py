@@ -1,7 +1,8 @@
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
-from typing import ClassVar
+from typing import Any, ClassVar, NamedTuple
 
 import flax.linen as nn
 import jax
@@ -15,11 +16,20 @@ import flaxnets
 from flaxnets.data import Augmentation, Split, epoch_order
 from flaxnets.parallel import data_mesh, replicate
 from flaxnets.training import RECIPES, create_state, evaluate, make_eval_step, make_train_step
-from flaxnets.training.steps import cross_entropy, make_stream_step
+from flaxnets.training.steps import Step, TrainState, cross_entropy, make_stream_step
+
+
+class Trained(NamedTuple):
+    model: nn.Module
+    train_step: Step
+    eval_step: Callable
+    state: TrainState
+    train: Split
+    order: jax.Array
 
 
 @pytest.fixture(scope="module", params=["plain", "resnet"])
-def trained(request, digits):
+def trained(request, digits) -> Trained:
     """A network after three steps, and the steps that train and evaluate it."""
     mesh = data_mesh()
     model = flaxnets.create_model(f"cifar_{request.param}8", num_classes=10)
@@ -31,42 +41,42 @@ def trained(request, digits):
     train = replicate(digits.train, mesh)
     order = epoch_order(state.key, 0, len(digits.train.labels))
     for _ in range(3):
-        state, loss = train_step(state, train, order)
+        state, _ = train_step(state, train, order)
     eval_step = make_eval_step(model, digits.preprocess, mesh)
-    return model, train_step, eval_step, state, train, order, loss
+    return Trained(model, train_step, eval_step, state, train, order)
 
 
 def copy(state):
     return replicate(state, data_mesh())
 
 
-def test_running_metrics_are_sums_over_the_epoch(trained):
-    _, _, _, state, _, _, _ = trained
+def test_running_metrics_are_sums_over_the_epoch(trained: Trained):
+    state = trained.state
     assert state.step == 3
     assert state.running.examples == 3 * 128
     assert 0 < state.running.errors < 3 * 128
     assert 0.5 < state.running.loss_sum / state.running.examples < 5
 
 
-def test_running_metrics_start_anew_with_each_epoch(trained):
-    _, train_step, _, state, train, order, _ = trained
+def test_running_metrics_start_anew_with_each_epoch(trained: Trained):
+    _, train_step, _, state, train, order = trained
     state = copy(state.replace(step=jnp.int32(11)))
     state, loss = train_step(state, train, order)
     assert state.running.examples == 128
     np.testing.assert_allclose(state.running.loss_sum, 128 * loss, rtol=1e-6)
 
 
-def test_a_step_is_a_function_of_its_state(trained):
-    _, train_step, _, state, train, order, _ = trained
+def test_a_step_is_a_function_of_its_state(trained: Trained):
+    _, train_step, _, state, train, order = trained
     first, second = (train_step(copy(state), train, order)[0] for _ in range(2))
     equal = jax.tree.map(lambda a, b: bool((a == b).all()), first, second)
     assert jax.tree.all(equal)
 
 
 @pytest.mark.parametrize("batch_size", [7, 100, 360, 512])
-def test_evaluation_counts_every_image_once(trained, digits, batch_size):
-    model, _, eval_step, state, _, _, _ = trained
-    logits = model.apply(state.variables, digits.preprocess(digits.test.images), train=False)
+def test_evaluation_counts_every_image_once(trained: Trained, digits, batch_size):
+    model, eval_step, state = trained.model, trained.eval_step, trained.state
+    logits: Any = model.apply(state.variables, digits.preprocess(digits.test.images), train=False)
     labels = digits.test.labels
     wrong = int((np.argmax(logits, axis=-1) != labels).sum())
     loss = float(cross_entropy(logits, labels).mean())
@@ -76,17 +86,18 @@ def test_evaluation_counts_every_image_once(trained, digits, batch_size):
     np.testing.assert_allclose(measured[0], loss, rtol=1e-5)
 
 
-def test_evaluation_of_a_part_is_of_that_part(trained, digits):
-    _, _, eval_step, state, _, _, _ = trained
+def test_evaluation_of_a_part_is_of_that_part(trained: Trained, digits):
+    eval_step, state = trained.eval_step, trained.state
     parts = [Split(*(array[rows] for array in digits.test)) for rows in (slice(90), slice(90, 360))]
-    errors = [evaluate(eval_step, state.variables, part, 100)[1] for part in parts]
-    whole = evaluate(eval_step, state.variables, digits.test, 100)[1]
-    assert errors[0] * 90 + errors[1] * 270 == pytest.approx(whole * 360)
+    splits = (*parts, digits.test)
+    measured = [evaluate(eval_step, state.variables, split, 100) for split in splits]
+    first, second, whole = (pair[1] for pair in measured if pair)
+    assert first * 90 + second * 270 == pytest.approx(whole * 360)
 
 
-def test_nan_in_any_kernel_gives_a_loss_that_is_not_finite(trained):
-    _, train_step, _, state, train, order, _ = trained
-    flat = flatten_dict(state.params)
+def test_nan_in_any_kernel_gives_a_loss_that_is_not_finite(trained: Trained):
+    _, train_step, _, state, train, order = trained
+    flat: Any = flatten_dict(state.params)
     for path, kernel in flat.items():
         if path[-1] != "kernel":
             continue
@@ -180,22 +191,23 @@ def test_label_smoothing_is_in_the_gradient_and_not_in_the_loss(digits):
     labels = digits.train.labels[order[:128]]
 
     def smoothed(params):
-        logits = model.apply({"params": params}, images)
+        logits: Any = model.apply({"params": params}, images)
         targets = optax.smooth_labels(jax.nn.one_hot(labels, 10), 0.1)
         return optax.softmax_cross_entropy(logits, targets).mean()
 
     gradients = jax.grad(smoothed)(state.params)
     expected = jax.tree.map(lambda p, g: p - 0.5 * g, state.params, gradients)
-    plain = cross_entropy(model.apply({"params": state.params}, images), labels).mean()
+    logits: Any = model.apply({"params": state.params}, images)
+    plain = cross_entropy(logits, labels).mean()
     after, loss = step(state, replicate(digits.train, mesh), order)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), after.params, expected)
     np.testing.assert_allclose(loss, plain, rtol=1e-5)
     np.testing.assert_allclose(after.running.loss_sum, 128 * plain, rtol=1e-5)
 
 
-def test_a_streamed_step_is_one_from_memory(digits, trained):
+def test_a_streamed_step_is_one_from_memory(digits, trained: Trained):
     """The same batch, given or gathered, makes the same state."""
-    model, train_step, _, state, train, order, _ = trained
+    model, train_step, _, state, train, order = trained
     state = copy(state)
     rows = np.asarray(order[3 * 128 : 4 * 128])
     batch = Split(*(array[rows] for array in digits.train))
