@@ -31,7 +31,7 @@ from flaxnets.cli.arguments import ArgumentParser, check_choice, positive, words
 from flaxnets.cli.interruption import Interruption
 from flaxnets.cli.main import run_command
 from flaxnets.cli.memory import keep_memory
-from flaxnets.cli.progress import StudyProgress, plain_console
+from flaxnets.cli.progress import StudyProgress, plain_console, print_folder
 from flaxnets.diagnostics import DIAGNOSTICS
 from flaxnets.diagnostics.finding import (
     MeasureOptions,
@@ -70,7 +70,7 @@ def main(arguments: list[str] | None = None) -> int:
     if options.redraw:
         return redraw(options, console)
     keep_memory()
-    study = read_study(options.study, options.seed, options.images, options.data_dir)
+    study = read_study(options.study, options.seed, options.images, options.data_dir, print_folder)
     with storage_errors(study.out, 0):
         study.out.mkdir(exist_ok=True)
     names = ", ".join(network.name for network in study.networks)

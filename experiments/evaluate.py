@@ -26,7 +26,7 @@ from rich.console import Console
 
 from flaxnets.cli.arguments import ArgumentParser, check_choice
 from flaxnets.cli.main import run_command
-from flaxnets.cli.progress import CheckProgress, plain_console
+from flaxnets.cli.progress import CheckProgress, plain_console, print_folder
 from flaxnets.data import UnreadDataset, inspect_dataset
 from flaxnets.errors import InputError
 from flaxnets.files import check_writable, storage_errors
@@ -119,10 +119,6 @@ def find_data(options: Options) -> UnreadDataset:
     return inspect_dataset(
         options.dataset, options.data_dir, options.skip_unreadable, CheckProgress()
     )
-
-
-def print_folder(folder: str) -> None:
-    print(f"reading the folder that the run names: {shorten(folder, 1000)}", flush=True)
 
 
 def print_evaluation(

@@ -192,7 +192,10 @@ def test_a_folder_of_pictures(
     evaluation = json.loads((directory / "evaluation-test" / "evaluation.json").read_text())
     assert evaluation["top1_error"] == pytest.approx(row["test_error"])
     diagnostics = load_script("diagnostics")
+    capsys.readouterr()
     assert run_command(diagnostics.main, ["out", "--only", "responses", "--images", "4"]) == 0
+    named = f"reading the folder that the run names: {tmp_path / 'pictures'}\n"
+    assert named in capsys.readouterr().out
     assert (tmp_path / "out" / "diagnostics" / "responses.png").exists()
 
     (tmp_path / "pictures").rename("elsewhere")

@@ -17,7 +17,7 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
-from flaxnets.text import duration
+from flaxnets.text import duration, shorten
 from flaxnets.training.loop import Progress
 
 
@@ -39,6 +39,11 @@ class CheckProgress:
         if done < total and time.monotonic() > self._shown + 10:
             self._shown = time.monotonic()
             print(f"{done:,} of {total:,} pictures decoded to check them", file=sys.stderr)
+
+
+def print_folder(folder: str) -> None:
+    """Name the folder that a run's config names before it is read: the config may be untrusted."""
+    print(f"reading the folder that the run names: {shorten(folder, 1000)}", flush=True)
 
 
 class StudyProgress:

@@ -1,6 +1,6 @@
 """Networks and images of a study, as the diagnostics measure them."""
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, NamedTuple
@@ -134,7 +134,11 @@ class DiagnosedStudy:
 
 
 def read_study(
-    path: Path, seed: int | None, num_images: int, data_dir: Path | None
+    path: Path,
+    seed: int | None,
+    num_images: int,
+    data_dir: Path | None,
+    on_folder: Callable[[str], None] = lambda folder: None,
 ) -> DiagnosedStudy:
     """Restore the finished plain and residual networks of one seed, and sample their images.
 
@@ -142,6 +146,7 @@ def read_study(
       seed: None for the seed that most networks have, the lowest if there are several.
       num_images: number of images to sample from each split.
       data_dir: TFDS data directory, None for the default one.
+      on_folder: called with the folder of pictures that the runs name before it is read.
 
     Raises:
       InputError: `path` has no such networks, or the data set is not the one they were trained on.
@@ -150,7 +155,7 @@ def read_study(
         raise InputError(f"{path} is not a study directory; train one with degradation.py")
     runs = read_runs(path)
     networks = [_restore_network(path, run) for run in _choose_runs(path, runs, seed)]
-    dataset = _load_images(networks[0], data_dir)
+    dataset = _load_images(networks[0], data_dir, on_folder)
     train, test = (
         _sample(networks[0], split, num_images) for split in (dataset.train, dataset.test)
     )
@@ -184,9 +189,11 @@ def _restore_network(path: Path, run: Run) -> MeasuredNetwork:
     return MeasuredNetwork(run, restored, model.clone(remat=False))
 
 
-def _load_images(network: MeasuredNetwork, data_dir: Path | None) -> Dataset:
+def _load_images(
+    network: MeasuredNetwork, data_dir: Path | None, on_folder: Callable[[str], None]
+) -> Dataset:
     """Load the data set that the study was trained on."""
-    dataset = open_own_dataset(network.restored, network.name, data_dir)
+    dataset = open_own_dataset(network.restored, network.name, data_dir, on_folder)
     expected = network.run.config.dataset.sha256
     if not isinstance(dataset, Dataset) or dataset.fingerprint() != expected:
         raise InputError(

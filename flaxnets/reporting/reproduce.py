@@ -56,7 +56,7 @@ def reproduce(
     ]
     if not all(re.fullmatch(r"[\w-][\w.+/:,-]*", part) for command in commands for part in command):
         return [], ["The configuration holds values that no option of the command accepts."]
-    if name != "digits":
+    if name != "digits" and not study.dataset.is_folder:
         remarks.append("Add --data-dir DIR if the TFDS data are not in the default directory.")
     for kind in sorted({config.kind for config in configs if ":" in config.kind}):
         remarks.append(f"{kind} is imported from the working directory and run.")
