@@ -212,8 +212,8 @@ def add_study_options(parser: ArgumentParser) -> None:
         type=positive(int),
         help="number of training images to use (default: all)",
     )
-    add("--seeds", default="0", type=whole_numbers, help="such as 0,1,2 (default: %(default)s)")
-    add("--recipe", help="default: digits for digits, he2015-cifar otherwise")
+    add("--seeds", default="0", type=whole_numbers, help="one run from each, such as 0,1,2 (0)")
+    add("--recipe", help="name (default: digits for the digits, otherwise he2015-cifar)")
     add("--epochs", type=positive(int), help="length of a run; the schedule scales with it")
     add("--batch-size", type=positive(int), help="images per step, over all devices")
     add("--learning-rate", type=positive(float), help="learning rate after warm-up")
@@ -237,7 +237,8 @@ def add_run_options(parser: ArgumentParser) -> None:
     add(
         "--workers",
         type=positive(int),
-        help="networks to train at a time; results do not change (default: 2 on a CPU, else 1)",
+        help="networks to train at a time; results do not change "
+        "(default: 2 on one CPU device, else 1)",
     )
     add(
         "--deterministic",
@@ -253,7 +254,7 @@ def add_run_options(parser: ArgumentParser) -> None:
         help="run as one of several processes, all started with this command; "
         "without a value, ask the cluster (SLURM, Cloud TPU, ...)",
     )
-    add("--out", type=Path, help="default: runs/degradation/<dataset>-<family>")
+    add("--out", type=Path, help="directory (default: runs/degradation/<dataset>-<family>)")
     add("--dry-run", action="store_true", help="print grid, steps and a time estimate, then exit")
 
 

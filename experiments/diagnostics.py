@@ -5,7 +5,7 @@
 Measures the plain and residual networks of one seed. For each diagnostic it writes numbers, and a
 figure, a paragraph and a table made from them, to STUDY_DIR/diagnostics. Names for --only:
 gradients, responses, residuals, construction, landscape, and gradient-log for runs trained with
---log-gradients. --redraw regenerates the rest from stored numbers, without the networks.
+--log-gradients. --redraw regenerates figures, paragraphs and tables from the stored numbers.
 """
 
 import signal
@@ -172,7 +172,7 @@ def parse_options(arguments: list[str] | None) -> Options:
     add("--only", type=words, help="run only these diagnostics, such as gradients,landscape")
     add("--seed", type=int, help="seed of the networks (default: the one that most have)")
     count = positive(int)
-    add("--images", type=count, default=512, help="images of each split (default: %(default)s)")
+    add("--images", type=count, default=512, help="images to sample from each split (%(default)s)")
     batch = "training images for the gradients (default: %(default)s)"
     add("--batch", type=count, default=128, help=batch)
     add("--epochs", type=count, help="epochs of `construction` (default: the study's, at most 20)")

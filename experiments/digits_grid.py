@@ -2,9 +2,9 @@
 
     python experiments/digits_grid.py
 
-Trains it from two seeds at each learning rate and warm-up length and prints a table of means. The
-recipe takes the cell with the *lowest* error, so that it is not tuned to make plain networks look
-bad.
+Trains this network from two seeds at each learning rate and warm-up length, and prints a table of
+means. The recipe takes the cell with the *lowest* error, so that it is not tuned to make plain
+networks look bad.
 """
 
 import signal

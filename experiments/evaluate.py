@@ -1,4 +1,4 @@
-"""Evaluate a trained network on a whole split, class by class, and show its worst mistakes.
+"""Evaluate a trained network on a whole split, class by class, and draw its worst mistakes.
 
     python experiments/evaluate.py runs/degradation/digits-cifar/residual-18/seed-0
     python experiments/evaluate.py resnet50.pth --model resnet50 --dataset folder:pictures
@@ -162,7 +162,7 @@ def parse_arguments(arguments: list[str] | None) -> Options:
         "source",
         type=Path,
         metavar="RUN_DIR|WEIGHTS",
-        help=f"run directory, or {', '.join(WEIGHTS)}",
+        help=f"run directory, or file of PyTorch weights ({', '.join(WEIGHTS)})",
     )
     add("--model", metavar="NAME", help="network of the PyTorch weights, such as resnet50")
     add("--dataset", help="a prepared TFDS data set or folder:PATH (default: the run's own)")

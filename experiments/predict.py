@@ -1,9 +1,9 @@
 """Classify pictures with a trained network.
 
-    python experiments/predict.py runs/train/folder-resnet18/seed-0 cat.jpg dog.png
+    python experiments/predict.py runs/train/pictures-resnet18-adam/seed-0 cat.jpg dog.png
 
-Each picture is cropped and resized like the test pictures when the network was evaluated. A
-picture that cannot be read is named on stderr, and the others are still classified.
+Pictures are cropped and resized like the test pictures behind the run's test error. A picture that
+cannot be read is named on stderr, and the others are still classified.
 
 Exit status: 0 if all pictures were classified, 1 if only some of the pictures could be read, 2 if
 none could or the arguments are wrong.
@@ -98,7 +98,7 @@ def predictions_table(probabilities: np.ndarray, class_names: tuple[str, ...], t
 def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
     parser = ArgumentParser(description=__doc__)
     add = parser.add_argument
-    add("run", type=Path, metavar="RUN_DIR", help="run directory, such as runs/train/digits/seed-0")
+    add("run", type=Path, metavar="RUN_DIR", help="run directory of train.py or a study")
     add("images", nargs="+", metavar="image", help="JPEG, PNG, WebP or BMP pictures")
     add("--best", action="store_true", help="use the state at the run's lowest validation error")
     add(

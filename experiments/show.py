@@ -143,7 +143,7 @@ def image_shape(text: str) -> tuple[int, int, int]:
 def parse_arguments(arguments: list[str] | None) -> Options:
     parser = ArgumentParser(description=__doc__)
     parser.add_argument(
-        "model", nargs="?", metavar="NAME", help="a network (default: list them all)"
+        "model", nargs="?", metavar="NAME", help="a network (default: list all networks)"
     )
     parser.add_argument(
         "--input",

@@ -238,13 +238,13 @@ def add_options(parser: ArgumentParser) -> None:
         action="store_true",
         help="print all recipes with their sources, then exit",
     )
-    add("--seed", type=int, default=0, help="(%(default)s)")
+    add("--seed", type=int, default=0, help="initialisation, batches, augmentation (%(default)s)")
     add("--validation", type=positive(int), metavar="N", help="hold out N training images")
     add(
         "--patience",
         type=positive(int),
         metavar="N",
-        help="stop N epochs after the lowest validation error; "
+        help="end after N epochs without a lower validation error; "
         "holds out a tenth of the training images unless --validation is given",
     )
     add(
@@ -257,7 +257,7 @@ def add_options(parser: ArgumentParser) -> None:
     add("--precision", default="float32", help="float32 (default) or bfloat16")
     add("--stream", action="store_true", help="read the pictures again every epoch")
     add("--in-memory", action="store_true", help="read all pictures once and keep them in memory")
-    add("--data-workers", type=int, default=0, metavar="N", help="reader processes (0)")
+    add("--data-workers", type=int, default=0, metavar="N", help="reader processes (0: threads)")
     add("--skip-unreadable", action="store_true", help="leave out pictures that cannot be read")
     add("--tensorboard", action="store_true", help="also write the metrics as TensorBoard events")
     add(

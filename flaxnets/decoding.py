@@ -1,8 +1,7 @@
 """Decoding of stored JSON into typed values: files may come from an untrusted source.
 
-msgspec decodes ordinary frozen dataclasses, unlike pydantic without decorating them or a module of
-its own for their configuration, and has no dependencies. It does not report unknown fields of
-dataclasses, so this module does.
+msgspec has no dependencies and decodes ordinary frozen dataclasses, which pydantic would need to
+decorate or configure. It does not report unknown fields of dataclasses, so this module does.
 """
 
 import json
@@ -45,7 +44,7 @@ def decode(kind: type[T], value: object, what: str) -> T:
 
 
 def encode(value: object) -> Any:
-    """Convert a typed value to JSON data, of which `decode` makes an equal value."""
+    """Convert a typed value to JSON data, which `decode` turns back into an equal value."""
     # msgspec's own encoding leaves out fields that it decoded to their defaults, and turns NaN into
     # null.
     return json.loads(json.dumps(value, default=_to_json))
@@ -58,7 +57,7 @@ def _to_json(value: Any) -> Any:
 
 
 def _find_unknown(given: Any, known: Any, name: str = "") -> str | None:
-    """Return the name of a field that `given` has but `known` has not, or None."""
+    """Return the name of a field that `given` has and `known` lacks, or None."""
     if isinstance(given, dict) and isinstance(known, dict):
         for key, entry in given.items():
             inner = f"{name}.{key}".strip(".")

@@ -1,4 +1,4 @@
-"""Errors and warnings that tell the user what to do, each in one printable line."""
+"""Errors and warnings for the user: one printable line each, with advice on what to do."""
 
 import difflib
 import re

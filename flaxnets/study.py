@@ -54,7 +54,7 @@ EXAMPLES = {"depths": (18, 34, 56), "kinds": ("plain", "residual"), "seeds": (0,
 
 @dataclass(frozen=True)
 class Study:
-    """A grid of networks (kind x depth x seed) that differ in nothing else, and their training.
+    """A grid of networks that differ only in kind, depth and seed, and their training.
 
     Attributes:
       depths: numbers of weighted layers.
@@ -67,12 +67,12 @@ class Study:
       dataset: `digits`, a prepared TFDS data set, `folder:PATH` (see `flaxnets.data.folder`), or a
         data set in memory, such as `flaxnets.data.from_arrays` makes.
       data_dir: TFDS data directory; None for TFDS's own.
-      train_examples: number of training images to use; None for all.
+      train_examples: number of training images to use, always the same random ones; None for all.
       recipe: a recipe or its name; None for `digits` for the digits, otherwise `he2015-cifar`.
       precision: `float32` or `bfloat16`, the type of computations.
 
     Raises:
-      SettingError: a setting is invalid; the message says what it may be.
+      SettingError: a setting is invalid; the message says which values are valid.
     """
 
     depths: Sequence[int]
@@ -265,7 +265,7 @@ def _as_tuple(name: str, values: Any, example: tuple[Any, ...]) -> tuple[Any, ..
 
 @dataclass(frozen=True)
 class StudyResults:
-    """Results of all runs in a study's directory, also of those from earlier calls."""
+    """Results of all runs in a study's directory, including those of earlier calls."""
 
     out: Path
     plan: Plan
@@ -320,12 +320,13 @@ def train_plan(
     console: Console | None = None,
     unsaved: set[Any] | None = None,
 ) -> StudyResults:
-    """Train what is unfinished of `plan` in the directory `out`, and write table and figure.
+    """Train the unfinished runs of `plan` in the directory `out`, and write table and figure.
 
     Args:
-      stop: asked at every step; once it is true, runs in training are saved and end.
-      console: shows the progress.
-      unsaved: holds whatever is not saved yet, so that a command knows when it may exit at once.
+      stop: called at every step; once it returns true, runs in training are saved and end.
+      console: console for the progress.
+      unsaved: set of the work that is not saved yet, by which a command knows whether it can exit
+        at once.
     """
     console, unsaved = console or plain_console(), set() if unsaved is None else unsaved
     with open_study(out, plan.config, plan.configs) as runs:
@@ -379,13 +380,14 @@ def default_recipe(dataset: str) -> str:
 def default_workers() -> int:
     """Return 2 for a single CPU device, whose cores a small network does not fill, else 1.
 
-    Faster devices need no second network, and several processes must do the same at the same time.
+    Faster devices need no second network, and several processes must run the same programs in the
+    same order.
     """
     return 2 if jax.default_backend() == "cpu" and jax.device_count() == 1 else 1
 
 
 def check_workers(workers: int | None) -> None:
-    """Check that several networks can be trained at a time.
+    """Check that this many networks can be trained at a time.
 
     Raises:
       SettingError: there are several devices.

@@ -1,4 +1,4 @@
-"""What all contenders of the benchmark are given: the network's architecture and the data."""
+"""Inputs shared by all contenders of the benchmark: the network's architecture and the data."""
 
 from typing import Any
 
@@ -17,7 +17,7 @@ LEARNING_RATE = 0.01
 
 
 def describe_architecture(name: str) -> dict[str, Any]:
-    """Return the attributes of the `ResNet` called `name`, which the peers' `Network`s take.
+    """Return the attributes of the `ResNet` called `name`, from which the peers build it.
 
     Raises:
       InputError: it is not a ResNet of version 1 with shortcut A or B.

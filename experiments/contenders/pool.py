@@ -1,4 +1,4 @@
-"""Contenders of the benchmark, each in a process of its own that answers commands."""
+"""Contenders of the benchmark, each in its own process that answers commands."""
 
 import contextlib
 import os
@@ -35,7 +35,7 @@ class WorkerPool:
 
     Attributes:
       contenders: by name, `ours` first.
-      failures: failed contenders, with the reason.
+      failures: reason of each failed contender.
       directory: place of the workers' logs and the data they read.
       deadline: latest time for an answer, on the clock `time.monotonic`.
     """

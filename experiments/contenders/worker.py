@@ -36,7 +36,7 @@ class Worker:
 
     def __init__(self, module: str) -> None:
         self._contender: Any = None
-        # Users of flaxnets get this from its commands; users of the others do not have it.
+        # The commands of flaxnets set this for their users; nothing sets it for the others.
         if module == "ours":
             from flaxnets.cli.memory import keep_memory
 

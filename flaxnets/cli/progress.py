@@ -30,7 +30,7 @@ def plain_console(quiet: bool = False) -> Console:
 
 
 class CheckProgress:
-    """`on_progress` callback of `find_folder`: a line on stderr every ten seconds until the end."""
+    """`on_progress` callback of `inspect_dataset`: prints a line on stderr every ten seconds."""
 
     def __init__(self) -> None:
         self._shown = time.monotonic()

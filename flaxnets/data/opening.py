@@ -1,4 +1,4 @@
-"""One way to open data sets of any kind: in memory, or as a stream if they are too big for it."""
+"""Opening of data sets of any kind: in memory, or as a stream if they are too big for that."""
 
 import os
 from collections.abc import Callable, Sequence
@@ -195,7 +195,7 @@ def from_arrays(
     class_names: Sequence[str] | None = None,
     name: str = "arrays",
 ) -> Dataset:
-    """Make a data set of arrays of your own, which are not flipped in training.
+    """Make a data set from arrays; its images are not flipped in training.
 
     Args:
       train, test: images uint8 `(n, height, width, channels)` and integer labels `(n,)` from 0 on.

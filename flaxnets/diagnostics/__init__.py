@@ -1,7 +1,7 @@
 """Diagnostics of why plain networks degrade, measured in plain networks and their residual twins.
 
-A diagnostic is a class: `measure` measures the networks of a study, and an instance holds the
-numbers that are stored. Figure, sentences and table are made from these numbers alone.
+A diagnostic is a class. Its `measure` measures the networks of a study, and returns an instance
+with the numbers to store. Figure, sentences and table are made from these numbers alone.
 """
 
 from flaxnets.diagnostics.construction import Construction, insert_identities

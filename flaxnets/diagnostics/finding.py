@@ -1,4 +1,4 @@
-"""What every diagnostic has in common: its options, and its stored numbers."""
+"""Parts shared by all diagnostics: their protocol, options and stored numbers."""
 
 import json
 import math
@@ -40,8 +40,8 @@ class MeasureOptions:
 
     Attributes:
       batch: number of training images for the gradients.
-      epochs: number of epochs to train a construction; None for as many as the study, within
-        `flaxnets.diagnostics.construction.CONTINUED_EPOCHS`.
+      epochs: number of epochs to train a construction; None for as many as in the study, but at
+        most `flaxnets.diagnostics.construction.CONTINUED_EPOCHS`.
       stop: returns whether training should stop and save.
       watch: context manager around training; the callable it gives is called with each progress.
     """

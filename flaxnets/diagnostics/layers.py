@@ -53,8 +53,8 @@ def watch_modules(
     """Return the input and output of every module in evaluation mode.
 
     Args:
-      change: gets the name of a module, what has been seen so far and the module's output, and
-        returns what the next module gets in its place.
+      change: called with the name of a module, the signals seen so far and the module's output;
+        returns the output to pass on instead.
     """
     seen: Signals = {}
 

@@ -12,8 +12,8 @@ from numpy.typing import ArrayLike
 def round_ticks(low: float, high: float, most: int = 9) -> list[float]:
     """List round numbers from `low` to `high` for a logarithmic scale.
 
-    They are 1, 2 and 5 times powers of ten. If these are more than `most`, only powers of ten
-    remain. If they are fewer than four, numbers between them are added.
+    They are 1, 2 and 5 times powers of ten. If there are more than `most`, only powers of ten
+    remain. If there are fewer than four, numbers between them are added.
     """
     powers = range(math.floor(math.log10(low)), math.floor(math.log10(high)) + 1)
 

@@ -35,7 +35,7 @@ def conclude(networks: Sequence[NetworkResults], updates: int | None) -> str:
 
 
 def judge_errors(errors: list[float]) -> tuple[str, float]:
-    """Say how errors in percent, ordered by depth, change with depth; return the rise in points.
+    """Describe how errors in percent, ordered by depth, change; also return the rise in points.
 
     The rise is NaN if the highest error lies in between, which is neither a rise with depth nor
     the lack of one.
@@ -55,7 +55,7 @@ def judge_errors(errors: list[float]) -> tuple[str, float]:
 
 
 def describe_rises(plain: Sequence[float], residual: Sequence[float]) -> str:
-    """Name what the rises of training error with depth, in points, amount to, if anything."""
+    """Describe what the rises of training error with depth, in points, show, if anything."""
     if plain and max(plain) < 1:
         return ": no degradation in these numbers"
     if not plain or not min(plain) >= 1:
@@ -71,7 +71,7 @@ def describe_rises(plain: Sequence[float], residual: Sequence[float]) -> str:
 
 
 def describe_convergence(networks: Sequence[NetworkResults]) -> list[str]:
-    """Say in a sentence whether training error still moved at the end of the finished runs."""
+    """Describe in a sentence whether training error still moved when the finished runs ended."""
     movement = [(f"{n.kind}-{n.depth}", last_movement(run)) for n in networks for run in n.finished]
     moving = list(dict.fromkeys(name for name, points in movement if points >= 1))
     if moving:

@@ -1,4 +1,4 @@
-"""Error curves for the HTML report, drawn by Matplotlib as SVG that a page styles and scripts.
+"""Error curves for the HTML report: SVG drawn by Matplotlib, styled and scripted by the page.
 
 Plotly, Bokeh and Vega-Altair would add 0.9 to 4.8 MB to every report, need a content security
 policy that allows inline styles, and offer no reading by keyboard.
@@ -73,7 +73,7 @@ def draw_panel(runs: Sequence[RunErrors], kind: str, scale: str) -> str:
     furthest_last = sorted((run for run in runs if run.kind == kind), key=lambda r: r.epoch[-1])
     ends = {r.depth: (r.epoch[-1], r.train[-1]) for r in furthest_last if r.train[-1] is not None}
     label_ends(ax, [(*end, str(depth), "black") for depth, end in sorted(ends.items())])
-    # Their classes give labels and grid the colours of the page.
+    # Classes let the page colour labels and grid.
     for text in ax.texts:
         text.set_gid(f"class:end {classes[int(text.get_text())]}")
     for line in (*ax.get_xgridlines(), *ax.get_ygridlines()):

@@ -86,7 +86,7 @@ def set_title(figure: Figure, title: str, **place: Any) -> None:
 
 
 class _NotebookFigure(Figure):
-    """A figure that a notebook shows by itself; others have to be pyplot's for that."""
+    """A figure that a notebook displays; without this, only pyplot's figures are displayed."""
 
     def _repr_png_(self) -> bytes:
         picture = io.BytesIO()
@@ -179,7 +179,7 @@ def _name_networks(networks: Sequence[NetworkResults], colours: Mapping[int, str
 
 
 def draw_run(rows: Sequence[Mapping[str, Any]], path: Path, title: str) -> None:
-    """Draw the errors of one run against epoch: of training images solid, of other images dashed.
+    """Draw the errors of one run against epoch: training images solid, other images dashed.
 
     `rows` are those of `metrics.csv`. Written to `path`, a PNG, and as an SVG next to it.
     """

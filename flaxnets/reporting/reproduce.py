@@ -1,6 +1,6 @@
 """The command line of a study, reconstructed from the configs of its runs.
 
-It is not stored, because a study may have grown over several commands, none of which makes it all.
+It is not stored: a study may have grown over several commands, each of which made only a part.
 Configs may be untrusted: a command consists only of validated names and numbers.
 """
 

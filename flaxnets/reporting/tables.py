@@ -1,4 +1,4 @@
-"""Tables of a study's results for the console."""
+"""Tables of plans, results and recipes for the console."""
 
 import math
 from collections.abc import Iterable, Sequence

@@ -49,7 +49,7 @@ class PlannedNetwork:
 
 @dataclass(frozen=True)
 class Plan:
-    """What a study trains: its networks on its data, by its recipe."""
+    """Plan of a study: its networks, data and recipe."""
 
     config: StudyConfig
     dataset: Dataset
@@ -152,7 +152,7 @@ class Observer(Protocol):
 
 
 class EpochLog(Protocol):
-    """Writes a file of its own to a run directory at the end of each epoch."""
+    """Adds a row to a file of a run, such as `gradients.csv`, at the end of each epoch."""
 
     def check(self, directory: Path) -> None: ...
 
@@ -176,7 +176,8 @@ def train_grid(
 
     Args:
       workers: number of networks to train at a time.
-      stop: asked at every step; once it is true, all runs in training are saved and end.
+      make_log: makes the log that writes a file of its own for each run of a network, or None.
+      stop: called at every step; once it returns true, all runs in training are saved and end.
 
     Returns:
       All runs of the study, sorted.

@@ -23,7 +23,7 @@ def load_own_split(
     on_folder: Callable[[str], None] = lambda folder: None,
     on_progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> tuple[str, Split]:
-    """Load a split of a run's own data set; of the training images, those it was trained on.
+    """Load a split of a run's own data set; `train` leaves out images held out for validation.
 
     Args:
       where: name of the run in error messages.
@@ -32,7 +32,7 @@ def load_own_split(
       on_progress: see `inspect_dataset`.
 
     Returns:
-      the name of the data set, and its images and labels.
+      The name of the data set, and its images and labels.
 
     Raises:
       InputError: the config names no data set, or the data set has changed or is gone.

@@ -54,8 +54,12 @@ SUMMARY: tuple[str, ...] = (
 
 @dataclass(frozen=True)
 class Run:
-    """One run of a study: its config and result, whether they are from a checkpoint, and the
-    environments in which it was trained."""
+    """One run of a study.
+
+    Attributes:
+      saved: whether config and result are from a checkpoint.
+      environments: environments in which the run was trained.
+    """
 
     config: RunConfig
     result: RunResult
@@ -107,7 +111,7 @@ class NetworkResults:
 
     @property
     def status(self) -> str:
-        """`finished`, or `2 of 3 (1 diverged)`."""
+        """Status of the runs: `finished`, `3 finished` or `2 of 3 (1 diverged)`."""
         states = [run.result.status for run in self.runs]
         if len(states) == 1:
             return states[0]

@@ -41,7 +41,7 @@ from flaxnets.training.result import best_epoch
 
 @dataclass(frozen=True)
 class RunSettings:
-    """What defines a run.
+    """Settings that define a run.
 
     Attributes:
       model: name for `create_model`.
@@ -70,10 +70,10 @@ class RunSettings:
 
 @dataclass(frozen=True)
 class RunData:
-    """The images of a run: a data set, and which of its training images are for what.
+    """The images of a run: a data set, and the training images to train and to validate on.
 
     Attributes:
-      train_rows, validation_rows: indices of training images.
+      train_rows, validation_rows: indices among the training images, without overlap.
     """
 
     dataset: Dataset | StreamedDataset

@@ -76,7 +76,7 @@ def load_weights(
     """Load PyTorch weights of `network`, and a split preprocessed as in torchvision's evaluation.
 
     Args:
-      inspect: looks the data set up, which may be slow, once the weights are loaded.
+      inspect: looks up the data set, which may be slow; called once the weights are loaded.
 
     Raises:
       InputError: the weights do not fit the network, or the data set has other classes or channels.

@@ -15,7 +15,7 @@ CHANGES_BITS = (
     *("platform", "device_kind", "device_count", "process_count", "xla_flags"),
     *("cpu_cores", "nproc", "x64", "convolutions"),
 )
-# Of these, those that matter on CPUs alone.
+# Those of CHANGES_BITS that matter only on CPUs.
 ON_CPUS = ("cpu_cores", "nproc", "convolutions")
 
 

@@ -64,7 +64,7 @@ class Recipe:
       label_smoothing: share of the label's probability spread over all classes
         (Szegedy et al. 2015, arXiv:1512.00567, section 7).
       augment: `default` (that of the data set), `none`, `keras`, `resized-crop`, `scaled-crop` or
-        `fixed-crop`; see `augmentation`.
+        `fixed-crop` (docs/data.md explains them).
       colour_noise: standard deviation of noise along the principal components of colour
         (Krizhevsky et al. 2012, section 4.1; 0.1 there).
       image_size: side in pixels that images are resized to, or None to keep their size.
@@ -200,7 +200,7 @@ class Recipe:
     def augmentation(self, default: Augmentation, image_size: int) -> Augmentation:
         """Return the augmentation of images of `image_size` pixels; `default` is the data set's.
 
-        All but `none` include random flips. `keras` shifts by up to a tenth and repeats the edges.
+        `keras` shifts by up to a tenth and repeats the edges. It and all crops add random flips.
         For `resized-crop`, `scaled-crop` and `fixed-crop` see `flaxnets.data.crops.Crop`.
         """
         kinds = {
