@@ -7,7 +7,7 @@ from typing import Any
 
 from sphinx.application import Sphinx
 
-# The pages document the checkout that they are in, whatever is installed.
+# The pages document the checkout that they are in, even if another version is installed.
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import flaxnets

@@ -48,7 +48,7 @@ class Setting:
       dataset: name of the data set.
       updates: number of updates of a run.
       seed: seed of the networks that were measured.
-      depths: all depths of the study, whatever their kind and seed; each has its colour.
+      depths: all depths of the study, of any kind and seed; each has its colour.
     """
 
     dataset: str
@@ -102,7 +102,7 @@ class DiagnosedStudy:
     Attributes:
       path: directory of the study.
       networks: plain ones first, each kind in the order of depth.
-      depths: all depths of the study, whatever their kind and seed.
+      depths: all depths of the study, of any kind and seed.
       train, test: fixed samples of the two splits.
     """
 

@@ -40,8 +40,8 @@ class Recipe:
       name: key in `RECIPES`.
       learning_rate: the rate after warm-up.
       batch_size: training examples per step, over all devices.
-      steps: length of the run in updates, or None where `epochs` gives it.
-      epochs: length of the run in epochs, or None where `steps` gives it.
+      steps: length of the run in updates; exactly one of `steps` and `epochs` is given.
+      epochs: length of the run in epochs.
       optimizer: `sgd` (with momentum) or `adam`, both as PyTorch and Optax define them.
       momentum: momentum of SGD (no dampening).
       nesterov: whether SGD's momentum is Nesterov's.
@@ -67,7 +67,8 @@ class Recipe:
         `fixed-crop` (docs/data.md explains them).
       colour_noise: standard deviation of noise along the principal components of colour
         (Krizhevsky et al. 2012, section 4.1; 0.1 there).
-      image_size: side in pixels that images are resized to, or None to keep their size.
+      image_size: side in pixels that images are resized to. By default, images of one size keep
+        it, and pictures of a folder or of different sizes get the network's published size.
     """
 
     name: str
