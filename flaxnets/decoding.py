@@ -10,6 +10,7 @@ from enum import Enum
 from typing import Annotated, Any, TypeVar
 
 import msgspec
+import numpy as np
 
 from flaxnets.errors import InputError
 
@@ -34,12 +35,13 @@ def decode(kind: type[T], value: object, what: str) -> T:
     """
     try:
         decoded = msgspec.convert(value, kind, strict=True)
-    except (msgspec.ValidationError, RecursionError) as error:
+        unknown = _find_unknown(value, encode(decoded))
+    except (msgspec.ValidationError, RecursionError, UnicodeError) as error:
         # msgspec calls the outermost value `$`.
         reason = str(error).replace(" - at `$.", " - at `").replace("`", "")
         raise InputError(f"{what} is invalid ({reason})") from error
-    if name := _find_unknown(value, encode(decoded)):
-        raise InputError(f"{what} is invalid (it has an unknown field {name})")
+    if unknown:
+        raise InputError(f"{what} is invalid (it has an unknown field {unknown})")
     return decoded
 
 
@@ -53,6 +55,8 @@ def encode(value: object) -> Any:
 def _to_json(value: Any) -> Any:
     if isinstance(value, Enum):
         return value.value
+    if isinstance(value, np.generic):
+        return value.item()
     return {field.name: getattr(value, field.name) for field in fields(value)}
 
 

@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import KW_ONLY, dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any, cast, get_args
 
 import jax
 import jax.numpy as jnp
@@ -20,6 +20,7 @@ from rich.console import Console
 from flaxnets.cli.arguments import check_choice
 from flaxnets.cli.progress import StudyProgress, plain_console
 from flaxnets.data import Dataset, inspect_dataset
+from flaxnets.decoding import decode, encode
 from flaxnets.diagnostics import GradientLog
 from flaxnets.errors import InputError, SettingError
 from flaxnets.models.resnet import IMAGENET_STAGES
@@ -90,6 +91,7 @@ class Study:
 
     def __post_init__(self) -> None:
         try:
+            self._check_types()
             for name, example in EXAMPLES.items():
                 object.__setattr__(self, name, _as_tuple(name, getattr(self, name), example))
             object.__setattr__(self, "depths", tuple(sorted(self.depths)))
@@ -97,6 +99,16 @@ class Study:
             self._check_grid()
         except InputError as error:
             raise SettingError(error) from error
+
+    def _check_types(self) -> None:
+        if not isinstance(self.dataset, str | Dataset):
+            kind = type(self.dataset).__name__
+            raise InputError(
+                f"dataset must be a name or a data set in memory, not {kind}; "
+                'open_dataset(..., storage="memory") reads one into memory'
+            )
+        if not isinstance(self.recipe, Recipe | str | None):
+            raise InputError(f"recipe must be a Recipe or its name, not {self.recipe!r}")
 
     def _check_choices(self) -> None:
         check_choice("family", self.family, get_args(Family))
@@ -111,7 +123,7 @@ class Study:
                 "have; choose another"
             )
         for kind in map(name_kind, self.kinds):
-            if "<" in kind:
+            if not re.fullmatch(r"[\w.:]{1,200}", kind):
                 raise InputError(f"kinds {kind}: give a function defined at the top of a module")
             if ":" not in kind:
                 if found := re.fullmatch(r"([\w.]+)\.(\w+)", kind):
@@ -169,6 +181,10 @@ class Study:
         builders = {name_kind(kind): load_builder(kind) for kind in self.kinds}
         dataset = self._load()
         config = self._define(dataset)
+        try:
+            decode(StudyConfig, encode(config), "its configuration")
+        except InputError as error:  # such as a batch size of 32.0
+            raise SettingError(f"recipe or data cannot be stored: {error}") from error
         networks = [
             plan_network(config, kind, depth, self.seeds, dataset, build)
             for kind, build in builders.items()
@@ -403,7 +419,10 @@ def check_workers(workers: int | None) -> None:
 
 def name_kind(kind: str | Build) -> str:
     """Return the name of a kind: `module:function` for a function."""
-    return kind if isinstance(kind, str) else f"{kind.__module__}:{kind.__qualname__}"
+    if isinstance(kind, str):
+        return kind
+    module, name = (getattr(kind, each, "<unknown>") for each in ("__module__", "__qualname__"))
+    return f"{module}:{name}"
 
 
 def load_builder(kind: str | Build) -> Build | None:
@@ -422,6 +441,9 @@ def load_builder(kind: str | Build) -> Build | None:
     sys.path.insert(0, os.getcwd())
     importlib.invalidate_caches()
     try:
-        return getattr(importlib.import_module(module_name), function)
+        build: Any = getattr(importlib.import_module(module_name), function)
     except Exception as error:  # the user's code may raise anything
         raise SettingError(f"kinds {kind}: {type(error).__name__}: {error}") from error
+    if not callable(build):
+        raise SettingError(f"kinds {kind}: it is {build!r}, not a function")
+    return cast(Build, build)

@@ -2,7 +2,9 @@
 
 import math
 from dataclasses import dataclass
+from typing import Any
 
+import numpy as np
 import pytest
 
 from flaxnets.decoding import Count, Finite, decode, encode
@@ -75,6 +77,20 @@ def test_unknown_fields_are_found_in_lists_too():
     value = {"values": [{"mean": [1]}, {"mean": [1], "std": [1]}]}
     with pytest.raises(InputError, match=r"unknown field values\.std"):
         decode(dict[str, list[Inner]], value, "it")
+
+
+@pytest.mark.parametrize(
+    "value", [{**GOOD, "\ud800": 1}, {**GOOD, "inner": {"mean": "\ud800"}}, {"\ud800": "\ud800"}]
+)
+def test_text_that_is_no_unicode_is_refused(value):
+    with pytest.raises(InputError, match="it is invalid") as raised:
+        decode(Outer, value, "it")
+    assert str(raised.value).encode()
+
+
+def test_numpy_numbers_are_encoded_as_numbers():
+    value: Any = [np.int64(3), np.float32(0.5), np.bool_(True)]
+    assert encode(value) == [3, 0.5, True]
 
 
 def test_deep_nesting_is_refused():

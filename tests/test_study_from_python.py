@@ -4,6 +4,7 @@ import csv
 import json
 import threading
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +15,9 @@ from PIL import Image
 
 import flaxnets
 from flaxnets.cli.main import run_command
-from flaxnets.data import Augmentation, Dataset, Preprocess, Split
+from flaxnets.data import Augmentation, Dataset, Preprocess, Split, from_arrays
 from flaxnets.errors import SettingError
+from flaxnets.reporting.reproduce import reproduce
 from flaxnets.studies import grid
 from flaxnets.studies.results import SUMMARY
 from flaxnets.training import RECIPES, CheckpointEvery
@@ -75,6 +77,11 @@ def test_data_and_networks_of_ones_own(tmp_path):
     ("settings", "words"),
     [
         ({"depths": ()}, "^depths must name at least one"),
+        ({"dataset": None}, "^dataset must be a name or a data set in memory, not NoneType"),
+        ({"recipe": 5}, "^recipe must be a Recipe or its name, not 5"),
+        ({"family": None}, "^family must be one of"),
+        ({"kinds": (partial(build, 8),)}, "^kinds <unknown>|^kinds functools"),
+        ({"kinds": ("my-nets:build",)}, "^kinds my-nets:build: give a function"),
         ({"depths": 18}, r"^depths must be a sequence such as \(18, 34, 56\), not 18"),
         ({"depths": (18.5,)}, "^depths must be a sequence"),
         ({"kinds": "plain,residual"}, "^kinds must be a sequence such as"),
@@ -102,6 +109,8 @@ def test_an_invalid_setting_is_refused_at_once(settings, words):
     [
         ({"train_examples": 41}, "^train_examples is for a data set given by its name"),
         ({"recipe": replace(TWO_EPOCHS, batch_size=41)}, "^batch_size 41 is more than the 40"),
+        ({"recipe": replace(SMALL_BATCHES, batch_size=20.0)}, "^recipe or data .*batch_size"),
+        ({"kinds": ("math:pi",), "recipe": SMALL_BATCHES}, "^kinds math:pi: it is 3.14"),
         ({"kinds": ("nowhere_at_all:build",)}, "^kinds nowhere_at_all:build: ModuleNotFound"),
         (
             {"kinds": (f"{__name__}:broken",), "recipe": SMALL_BATCHES},
@@ -147,6 +156,37 @@ def test_an_interrupted_cell_of_a_notebook_saves_its_runs(tmp_path, monkeypatch)
     with pytest.raises(KeyboardInterrupt):
         study.train(tmp_path / "out")
     assert heard.is_set()
+
+
+def test_a_second_ctrl_c_does_not_unlock_the_directory():
+    """Workers that still save would meet those of the next call."""
+    pressed = []
+
+    class Pool:
+        def shutdown(self, cancel_futures):
+            pressed.append(cancel_futures)
+            if len(pressed) < 3:
+                raise KeyboardInterrupt
+
+    pool: Any = Pool()
+    grid._wait_for_workers(pool)
+    assert len(pressed) == 3
+
+
+def test_a_study_of_arrays_is_not_taken_for_a_data_set_with_a_name(tmp_path, capsys):
+    pixels = np.random.default_rng(0).integers(0, 256, (40, 8, 8, 1), np.uint8)
+    labels = np.arange(40, dtype=np.uint64) % 2
+    arrays = from_arrays((pixels, labels), (pixels, labels.astype(np.int64)))
+    recipe = replace(SMALL_BATCHES, batch_size=np.int64(20))
+    study = flaxnets.Study((8,), kinds=["plain"], dataset=arrays, recipe=recipe)
+    results = study.train(tmp_path / "out")
+    assert results.runs[0].result.status == "finished"
+    assert study.train(tmp_path / "out").rows == results.rows
+    directory = str(tmp_path / "out" / "plain-8" / "seed-0")
+    assert run_command(load_script("evaluate").main, [directory]) == 2
+    assert "names no data set; give --dataset" in capsys.readouterr().err
+    commands, _ = reproduce([run.config for run in results.runs])
+    assert not commands
 
 
 def test_runs_that_have_ended_are_not_planned_again(digits):

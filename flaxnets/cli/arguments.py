@@ -108,5 +108,5 @@ def check_choice(flag: str, value: str, choices: tuple[str, ...], more: str = ""
     if value not in choices:
         raise InputError(
             f"{flag} must be one of {', '.join(choices)}{more}, "
-            f"not {value!r}{nearest(value, choices)}"
+            f"not {value!r}{nearest(str(value), choices)}"
         )

@@ -22,6 +22,10 @@ from flaxnets.errors import InputError, nearest
 FLIPPED = {"cifar10", "cifar100", "fashion_mnist", "imagenette", "stl10", "cats_vs_dogs"}
 
 
+# Version of a data set that was made of arrays, which no name opens again.
+ARRAYS = "arrays"
+
+
 class Split(NamedTuple):
     """Images uint8 `(n, height, width, channels)` and labels int32 `(n,)`."""
 

@@ -11,6 +11,7 @@ from typing import Any, Literal, get_args
 import numpy as np
 
 from flaxnets.data.datasets import (
+    ARRAYS,
     Dataset,
     DatasetInfo,
     Split,
@@ -141,7 +142,8 @@ class UnreadDataset:
             )
         if isinstance(self.source, DatasetInfo) and not mixed:
             return self.source.load(train_examples).resized(size)
-        return load_in_memory(self.stream(train_examples), size or 0, 1.0)
+        loaded = load_in_memory(self.stream(train_examples), size or 0, 1.0)
+        return replace(loaded, name=self.name)
 
     def stream(self, train_examples: int | None = None) -> StreamedDataset:
         """Make a stream of the images; see `open`."""
@@ -210,18 +212,19 @@ def from_arrays(
     shapes = [split.images.shape[1:] for split in splits]
     if shapes[0] != shapes[1]:
         raise InputError(f"{name} has images of {shapes[0]} in train, but {shapes[1]} in test")
-    labels = np.concatenate([split.labels for split in splits])
-    names = tuple(map(str, range(labels.max() + 1)) if class_names is None else class_names)
+    lowest = min(int(split.labels.min()) for split in splits)
+    highest = max(int(split.labels.max()) for split in splits)
+    names = tuple(map(str, range(highest + 1)) if class_names is None else class_names)
     if len(set(names)) < len(names) or not all(isinstance(each, str) for each in names):
         raise InputError(f"the class_names of {name} must be different strings")
-    if labels.min() < 0 or labels.max() >= len(names):
+    if lowest < 0 or highest >= len(names):
         raise InputError(
             f"labels of {name} must be from 0 to {len(names) - 1}, the number of its last class, "
-            f"not from {labels.min()} to {labels.max()}"
+            f"not from {lowest} to {highest}"
         )
     refuse_nothing_to_learn(name, splits[0])
     train_split, test_split = (Split(s.images, s.labels.astype(np.int32)) for s in splits)
-    return Dataset.from_splits(name, "arrays", names, train_split, test_split)
+    return Dataset.from_splits(name, ARRAYS, names, train_split, test_split)
 
 
 def _check_arrays(images: Any, labels: Any, name: str) -> Split:

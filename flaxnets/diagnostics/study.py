@@ -193,12 +193,10 @@ def _load_images(
     network: MeasuredNetwork, data_dir: Path | None, on_folder: Callable[[str], None]
 ) -> Dataset:
     """Load the data set that the study was trained on."""
-    dataset = open_own_dataset(network.restored, network.name, data_dir, on_folder)
+    name, dataset = open_own_dataset(network.restored, network.name, data_dir, on_folder)
     expected = network.run.config.dataset.sha256
     if not isinstance(dataset, Dataset) or dataset.fingerprint() != expected:
-        raise InputError(
-            f"{dataset.name} is not the data this study was trained on (sha256 differs)"
-        )
+        raise InputError(f"{name} is not the data this study was trained on (sha256 differs)")
     return dataset.resized(network.restored.preprocess.size)
 
 

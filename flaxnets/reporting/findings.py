@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
@@ -59,7 +60,7 @@ def write_finding(out: Path, name: str, found: Finding, order: Sequence[str]) ->
     try:
         entries = {entry.name: entry for entry in read_findings(path)}
     except InputError:
-        entries = {}  # missing or damaged
+        entries = {}  # missing, or nothing in it can be used
     entries[name] = StoredFinding(
         name=name,
         title=found.title,
@@ -72,13 +73,19 @@ def write_finding(out: Path, name: str, found: Finding, order: Sequence[str]) ->
 
 
 def read_findings(path: Path) -> list[StoredFinding]:
-    """Read `diagnostics.json`.
+    """Read the undamaged entries of `diagnostics.json`.
 
     Raises:
-      InputError: the file cannot be read, or holds something else.
+      InputError: the file cannot be read, or is not a list.
     """
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
         raise InputError(f"{path} cannot be read ({error})") from error
-    return decode(list[StoredFinding], content, f"{path} is damaged, or of an earlier version: it")
+    if not isinstance(content, list):
+        raise InputError(f"{path} is damaged (it is not a list)")
+    found = []
+    for entry in content:
+        with suppress(InputError):
+            found.append(decode(StoredFinding, entry, "it"))
+    return found

@@ -68,7 +68,11 @@ def check_run(out: Path, config: RunConfig) -> None:
     with Checkpoints(out, read_only=True) as checkpoints:
         if checkpoints.step is None:
             return
-        differences = list_differences(comparable(checkpoints.read_config()), comparable(config))
+        try:
+            before = comparable(checkpoints.read_config())
+            differences = list_differences(before, comparable(config))
+        except InputError as error:
+            differences = [str(error)]
         if differences:
             raise InputError(
                 f"--out {out} holds another run ({'; '.join(differences)}); "

@@ -198,8 +198,22 @@ def train_grid(
                 future.result()
         except BaseException:
             training.failed.set()  # the workers save their state and start no new run
+            _wait_for_workers(pool)
             raise
     return sort_runs(training.runs.values())
+
+
+def _wait_for_workers(pool: ThreadPoolExecutor) -> None:
+    """Wait until all workers have saved, also if Ctrl-C is pressed again meanwhile.
+
+    The directory must not be unlocked before.
+    """
+    while True:
+        try:
+            pool.shutdown(cancel_futures=True)
+            return
+        except KeyboardInterrupt:
+            continue
 
 
 @dataclass

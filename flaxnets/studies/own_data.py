@@ -37,8 +37,8 @@ def load_own_split(
     Raises:
       InputError: the config names no data set, or the data set has changed or is gone.
     """
-    dataset = open_own_dataset(run, where, data_dir, on_folder, on_progress)
-    own, name = run.config.dataset, dataset.name
+    name, dataset = open_own_dataset(run, where, data_dir, on_folder, on_progress)
+    own = run.config.dataset
     if dataset.fingerprint() != own.sha256:
         raise InputError(
             f"{name} is no longer the data this run was trained on (sha256 differs); "
@@ -64,8 +64,11 @@ def open_own_dataset(
     data_dir: str | Path | None = None,
     on_folder: Callable[[str], None] = lambda folder: None,
     on_progress: Callable[[int, int], None] = lambda done, total: None,
-) -> Dataset | StreamedDataset:
-    """Open the data set that a run names; see `load_own_split`. Its sha256 is not checked."""
+) -> tuple[str, Dataset | StreamedDataset]:
+    """Open the data set that a run names, and return its name too; see `load_own_split`.
+
+    Its sha256 is not checked.
+    """
     own = run.config.dataset
     if not own.can_be_opened:
         raise InputError(f"the config of {where} names no data set; give --dataset")
@@ -80,11 +83,12 @@ def open_own_dataset(
     is_part = (
         not own.streamed and not own.validation_examples and own.train_examples < unread.num_train
     )
-    return unread.open(
+    dataset = unread.open(
         size=run.preprocess.image_shape[0] if unread.image_shape is None else None,
         storage="stream" if own.streamed else "memory",
         train_examples=own.train_examples if is_part else None,
     )
+    return name, dataset
 
 
 def require_classes(name: str, found: tuple[str, ...], expected: tuple[str, ...]) -> None:

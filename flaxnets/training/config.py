@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import msgspec
 
 from flaxnets.data.batches import Augmentation, Preprocess
+from flaxnets.data.datasets import ARRAYS
 from flaxnets.decoding import Count, Positive, decode, encode
 from flaxnets.errors import InputError
 from flaxnets.training.recipes import Recipe
@@ -93,9 +94,9 @@ class DatasetConfig:
     @property
     def can_be_opened(self) -> bool:
         """Return whether the name is a folder's or a TFDS data set's, and safe to open."""
-        return self.name.removeprefix("folder:") != "" and (
-            self.is_folder or DATASET_NAME.fullmatch(self.name) is not None
-        )
+        if self.is_folder:
+            return self.name != "folder:"
+        return self.version != ARRAYS and DATASET_NAME.fullmatch(self.name) is not None
 
 
 @dataclass(frozen=True)

@@ -398,7 +398,7 @@ class _Run:
         if checkpoints.step is None:
             state = begin(state)
         else:
-            if config is not None and comparable(checkpoints.read_config()) != comparable(config):
+            if config is not None and _differs(checkpoints, config):
                 raise InputError(f"{directory} holds another run; move it away")
             saved = checkpoints.read_result().check_splits(setup.columns)
             state = checkpoints.restore(state)
@@ -482,6 +482,13 @@ class _Run:
         result = self.save(self.checkpoints)
         self.checkpoints.wait()
         return result
+
+
+def _differs(checkpoints: Checkpoints, config: RunConfig) -> bool:
+    try:
+        return comparable(checkpoints.read_config()) != comparable(config)
+    except InputError:  # it has no config, or that of another version
+        return True
 
 
 def _environments(directory: Path, checkpoints: Checkpoints) -> list[Environment]:

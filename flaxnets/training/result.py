@@ -12,7 +12,7 @@ from flaxnets.files import write_csv
 from flaxnets.parallel import is_primary
 
 Status = Literal["finished", "diverged", "unfinished"]
-Row = dict[str, int | float]
+Row = dict[str, Count | float]
 
 
 def metrics_of(splits: Iterable[str]) -> tuple[str, ...]:

@@ -28,6 +28,7 @@ HOSTILE = [
     "os:system",
     "__import__('os').system('true')",
     "$x^{",
+    "\ud800",
     "\x1b[2J",
     "\0",
     "",

@@ -494,16 +494,26 @@ def test_findings_are_read_as_they_were_written(tmp_path):
 @pytest.mark.parametrize(
     "change",
     [
-        lambda entries: {},
-        lambda entries: [{**entries[0], "title": None}],
-        lambda entries: [{**entries[0], "more": 1}],
+        lambda entry: {**entry, "title": None},
+        lambda entry: {**entry, "more": 1},
+        lambda entry: 7,
     ],
 )
-def test_damaged_findings_are_refused_and_replaced(tmp_path, change):
+def test_damaged_findings_are_dropped_and_the_others_stay(tmp_path, change):
     path = tmp_path / "diagnostics.json"
-    write_finding(tmp_path, "gradients", MADE["gradients"].describe(), list(DIAGNOSTICS))
-    path.write_text(json.dumps(change(json.loads(path.read_text()))))
-    with pytest.raises(InputError, match=r"diagnostics\.json is damaged, or of an earlier version"):
+    for name in ("gradients", "residuals"):
+        write_finding(tmp_path, name, MADE[name].describe(), list(DIAGNOSTICS))
+    first, second = json.loads(path.read_text())
+    path.write_text(json.dumps([change(first), second]))
+    write_finding(tmp_path, "responses", MADE["responses"].describe(), list(DIAGNOSTICS))
+    assert [entry.name for entry in read_findings(path)] == ["responses", "residuals"]
+
+
+@pytest.mark.parametrize("content", ["{}", "", "[" * 100_000])
+def test_a_file_that_holds_no_findings_is_replaced(tmp_path, content):
+    path = tmp_path / "diagnostics.json"
+    path.write_text(content)
+    with pytest.raises(InputError, match=r"diagnostics\.json (is damaged|cannot be read)"):
         read_findings(path)
     write_finding(tmp_path, "responses", MADE["responses"].describe(), list(DIAGNOSTICS))
     assert [entry.name for entry in read_findings(path)] == ["responses"]
