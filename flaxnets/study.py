@@ -123,7 +123,7 @@ class Study:
                 "have; choose another"
             )
         for kind in map(name_kind, self.kinds):
-            if not re.fullmatch(r"[\w.:]{1,200}", kind):
+            if ":" in kind and not re.fullmatch(r"[\w.:]{1,200}", kind):
                 raise InputError(f"kinds {kind}: give a function defined at the top of a module")
             if ":" not in kind:
                 if found := re.fullmatch(r"([\w.]+)\.(\w+)", kind):

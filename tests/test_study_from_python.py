@@ -59,6 +59,7 @@ def made_dataset():
     return Dataset("noise", "1", tuple("abcd"), split, split, preprocess, Augmentation())
 
 
+@pytest.mark.slow
 def test_data_and_networks_of_ones_own(tmp_path):
     value = flaxnets.Study(
         (8,), kinds=["plain", build], dataset=made_dataset(), recipe=SMALL_BATCHES
@@ -211,6 +212,7 @@ def make_pictures(folder: Path) -> None:
                 Image.fromarray(pixels).save(folder / split / label / f"{number}.png")
 
 
+@pytest.mark.slow
 def test_a_folder_of_pictures(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -473,6 +473,7 @@ def test_too_many_unreadable_pictures_in_a_row_end_training(pictures):
         list(make_stream(Gaps(picture, 100), skip_unreadable=True).batches(0, 40))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("workers", [0, 1])
 def test_a_folder_that_is_gone_is_one_error(damaged, workers, recwarn):
     shutil.rmtree(damaged.train.root)
