@@ -186,6 +186,8 @@ def test_a_study_of_arrays_is_not_taken_for_a_data_set_with_a_name(tmp_path, cap
     directory = str(tmp_path / "out" / "plain-8" / "seed-0")
     assert run_command(load_script("evaluate").main, [directory]) == 2
     assert "names no data set; give --dataset" in capsys.readouterr().err
+    assert run_command(load_script("diagnostics").main, [str(tmp_path / "out")]) == 2
+    assert "plain-8 was trained on a data set that has no name" in capsys.readouterr().err
     commands, _ = reproduce([run.config for run in results.runs])
     assert not commands
 

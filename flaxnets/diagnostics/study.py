@@ -193,6 +193,11 @@ def _load_images(
     network: MeasuredNetwork, data_dir: Path | None, on_folder: Callable[[str], None]
 ) -> Dataset:
     """Load the data set that the study was trained on."""
+    if not network.run.config.dataset.can_be_opened:
+        raise InputError(
+            f"{network.name} was trained on a data set that has no name to open it by; "
+            "diagnostics need one"
+        )
     name, dataset = open_own_dataset(network.restored, network.name, data_dir, on_folder)
     expected = network.run.config.dataset.sha256
     if not isinstance(dataset, Dataset) or dataset.fingerprint() != expected:
