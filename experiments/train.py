@@ -29,6 +29,7 @@ from flaxnets.cli.main import run_command
 from flaxnets.cli.memory import keep_memory
 from flaxnets.cli.progress import CheckProgress, StudyProgress, plain_console
 from flaxnets.cli.recipe_options import add_recipe_options, choose_recipe
+from flaxnets.data.opening import short_name
 from flaxnets.data.slots import remove_leftovers
 from flaxnets.errors import InputError
 from flaxnets.models import create_model
@@ -220,10 +221,7 @@ def parse_arguments(arguments: list[str] | None) -> Options | None:
 
 
 def default_out(settings: RunSettings) -> Path:
-    dataset = settings.dataset
-    if dataset.startswith("folder:"):
-        dataset = Path(dataset.removeprefix("folder:")).resolve().name or "folder"
-    name = f"{dataset}-{settings.model}-{settings.recipe.name}"
+    name = f"{short_name(settings.dataset)}-{settings.model}-{settings.recipe.name}"
     return Path("runs/train") / name / f"seed-{settings.seed}"
 
 

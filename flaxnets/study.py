@@ -20,6 +20,7 @@ from rich.console import Console
 from flaxnets.cli.arguments import check_choice
 from flaxnets.cli.progress import StudyProgress, plain_console
 from flaxnets.data import Dataset, inspect_dataset
+from flaxnets.data.opening import short_name
 from flaxnets.decoding import decode, encode
 from flaxnets.diagnostics import GradientLog
 from flaxnets.errors import InputError, SettingError
@@ -29,6 +30,7 @@ from flaxnets.reporting.conclusion import conclude, count_seeds
 from flaxnets.reporting.figures import draw_errors, set_title, write_png_and_svg
 from flaxnets.studies.directory import check_output_dir, run_directory
 from flaxnets.studies.grid import Plan, PlannedNetwork, plan_network, train_grid
+from flaxnets.studies.own_data import describe_dataset
 from flaxnets.studies.restore import Build
 from flaxnets.studies.results import (
     NetworkResults,
@@ -41,7 +43,6 @@ from flaxnets.studies.results import (
 from flaxnets.training import RECIPES, CheckpointEvery, Recipe
 from flaxnets.training.config import (
     DEEPEST,
-    DatasetConfig,
     Family,
     Precision,
     Shortcut,
@@ -167,10 +168,7 @@ class Study:
     @property
     def default_out(self) -> Path:
         """Directory of the study unless another one is given."""
-        name = self.dataset_name
-        if name.startswith("folder:"):
-            name = Path(name.removeprefix("folder:")).resolve().name or "folder"
-        return Path("runs/degradation") / f"{name}-{self.family}"
+        return Path("runs/degradation") / f"{short_name(self.dataset_name)}-{self.family}"
 
     def plan(self) -> Plan:
         """Read the data and build every network; nothing is trained or written.
@@ -220,21 +218,12 @@ class Study:
             raise SettingError("epochs: a run must have at most 2147483647 updates")
 
     def _define(self, dataset: Dataset) -> StudyConfig:
-        name = self.dataset_name
-        folder = name.removeprefix("folder:") if name.startswith("folder:") else None
         return StudyConfig(
             family=self.family,
             shortcut=self.shortcut,
             stem=self.stem or ("small" if self.family == "cifar" else "imagenet"),
             precision=self.precision,
-            dataset=DatasetConfig(
-                name=name,
-                version=dataset.version,
-                train_examples=len(dataset.train.labels),
-                test_examples=len(dataset.test.labels),
-                sha256=dataset.fingerprint(),
-                path=os.path.abspath(folder) if folder else None,
-            ),
+            dataset=describe_dataset(self.dataset_name, dataset, len(dataset.train.labels)),
             augmentation=dataset.augmentation,
             recipe=self.chosen_recipe,
         )

@@ -34,6 +34,17 @@ Storage = Literal["auto", "memory", "stream"]
 IN_MEMORY = 2**31
 
 
+def folder_of(name: str) -> str | None:
+    """Return PATH of a data set called `folder:PATH`, or None for any other."""
+    return name.removeprefix("folder:") if name.startswith("folder:") else None
+
+
+def short_name(name: str) -> str:
+    """Return the name of a data set for directories: of a folder, the last part of its path."""
+    folder = folder_of(name)
+    return name if folder is None else Path(folder).resolve().name or "folder"
+
+
 def open_dataset(
     name: str = "digits",
     *,

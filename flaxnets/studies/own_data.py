@@ -1,4 +1,4 @@
-"""The images that a run was trained on, found and checked again for its evaluation."""
+"""The images that a run is trained on: described in its config, and found again from it."""
 
 import os
 from collections.abc import Callable
@@ -8,11 +8,37 @@ from typing import Any, Literal
 import numpy as np
 
 from flaxnets.data import Dataset, Split, StreamedDataset, inspect_dataset
+from flaxnets.data.opening import folder_of
 from flaxnets.data.stream import hold_out, load_source
 from flaxnets.errors import InputError
 from flaxnets.studies.restore import Restored
 from flaxnets.training.config import DatasetConfig
 from flaxnets.training.evaluation import evaluation_fraction
+
+
+def describe_dataset(
+    name: str,
+    dataset: Dataset | StreamedDataset,
+    train_examples: int,
+    validation_examples: int = 0,
+) -> DatasetConfig:
+    """Describe the data of a run for its config; `name` is the name as it was typed."""
+    folder = folder_of(name)
+    return DatasetConfig(
+        name=name,
+        # The next command may run in another directory.
+        path=None if folder is None else os.path.abspath(folder),
+        version=dataset.version,
+        streamed=isinstance(dataset, StreamedDataset),
+        train_examples=train_examples,
+        validation_examples=validation_examples,
+        test_examples=num_images(dataset.test),
+        sha256=dataset.fingerprint(),
+    )
+
+
+def num_images(split: Any) -> int:
+    return len(split.labels) if isinstance(split, Split) else len(split)
 
 
 def load_own_split(

@@ -1,7 +1,6 @@
 """A run outside a study: one network on any images, with validation and initial weights."""
 
 import json
-import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -31,10 +30,11 @@ from flaxnets.studies.init_from import (
     begin_from,
     read_initial_weights,
 )
+from flaxnets.studies.own_data import describe_dataset, num_images
 from flaxnets.text import duration
 from flaxnets.training import Checkpoints, Recipe, RunConfig, RunResult, TrainSetup, TrainState
 from flaxnets.training.checkpoints import read_newest
-from flaxnets.training.config import DTYPES, DatasetConfig, ModelConfig, Precision
+from flaxnets.training.config import DTYPES, ModelConfig, Precision
 from flaxnets.training.recipes import check_batch_size
 from flaxnets.training.result import best_epoch
 
@@ -79,10 +79,6 @@ class RunData:
     dataset: Dataset | StreamedDataset
     train_rows: np.ndarray
     validation_rows: np.ndarray
-
-    @property
-    def streamed(self) -> bool:
-        return isinstance(self.dataset, StreamedDataset)
 
 
 @dataclass(frozen=True)
@@ -137,7 +133,7 @@ def plan_run(
         precision=settings.precision,
         class_names=tuple(dataset.class_names),
         preprocess=preprocess,
-        dataset=_describe_data(settings.dataset, data),
+        dataset=describe_dataset(settings.dataset, dataset, num_train, len(data.validation_rows)),
         augmentation=dataset.augmentation if isinstance(dataset, Dataset) else Augmentation(),
         recipe=recipe,
         freeze_backbone=settings.freeze_backbone,
@@ -159,25 +155,6 @@ def _open_data(
     if size is None and unread.image_shape is None:
         size = published_image_shape(settings.model)[0]
     return unread.open(size, settings.storage)
-
-
-def _describe_data(name: str, data: RunData) -> DatasetConfig:
-    dataset, folder = data.dataset, name.removeprefix("folder:")
-    return DatasetConfig(
-        name=name,
-        # The name is as typed, and the next command may run in another directory.
-        path=None if folder == name else os.path.abspath(folder),
-        version=dataset.version,
-        streamed=data.streamed,
-        train_examples=len(data.train_rows),
-        validation_examples=len(data.validation_rows),
-        test_examples=num_images(dataset.test),
-        sha256=dataset.fingerprint(),
-    )
-
-
-def num_images(split: Any) -> int:
-    return len(split.labels) if isinstance(split, Split) else len(split)
 
 
 def split_off_validation(

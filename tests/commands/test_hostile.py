@@ -123,6 +123,7 @@ def test_every_field_of_a_record_may_be_anything(run):
         *((field, "no number") for field in places(progress) if field != ("diverged_step",)),
         *((("status",), new) for new in HOSTILE),
         (("step",), -1),
+        (("rows", 0, "step"), 10**400),
         (("rows",), {}),
         (("rows", 0), {}),
         (("diverged_step",), "1"),
