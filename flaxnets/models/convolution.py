@@ -19,6 +19,7 @@ everything with `FLAXNETS_CONV=xla` in the environment.
 import json
 from collections.abc import Callable, Sequence
 from functools import partial
+from itertools import product
 from typing import Any
 
 import jax
@@ -29,13 +30,18 @@ from jax.core import ShapedArray
 from jax.extend.core import Primitive
 from jax.interpreters import ad, batching, mlir
 
-from flaxnets.models.onednn import has_onednn, passes_check
+from flaxnets.models.onednn import has_bfloat16, has_onednn, passes_check
 
 DIMENSIONS = ("NHWC", "HWIO", "NHWC")
-# Kernel gradients of inputs from LARGE elements up take PART images at a time, to fit the caches.
-LARGE, PART = 2**20, 16
-# Convolutions that `check_onednn` tries: images, size, input and output channels, stride.
-CHECKED_SHAPES = ((128, 32, 1, 16, 1), (128, 32, 16, 16, 1), (32, 8, 16, 32, 2))
+# Kernel gradients of inputs of more bytes take PART images at a time, to fit the caches.
+LARGE, PART = 2**22, 16
+# What `check_onednn` tries: images, their size, input and output channels, kernel size, stride.
+CHECKED_SHAPES = (
+    (128, 32, 1, 16, 3, 1),
+    (128, 32, 16, 16, 3, 1),
+    (32, 8, 16, 32, 3, 2),
+    (32, 8, 16, 32, 1, 1),
+)
 
 
 def conv_general_dilated(x: jax.Array, kernel: jax.Array, strides: Any, padding: Any, **kw: Any):
@@ -46,7 +52,8 @@ def conv_general_dilated(x: jax.Array, kernel: jax.Array, strides: Any, padding:
         or any(d not in (None, 1, (1, 1)) for d in (kw["lhs_dilation"], kw["rhs_dilation"]))
         or kw["feature_group_count"] != 1
         or kw["precision"] is not None
-        or not (x.ndim == 4 and x.dtype == kernel.dtype == jnp.float32)
+        or not (x.ndim == 4 and x.dtype == kernel.dtype)
+        or not (x.dtype == jnp.float32 or (x.dtype == jnp.bfloat16 and has_bfloat16()))
         or 0 in x.shape
     )
     if ordinary:
@@ -62,20 +69,39 @@ def check_onednn() -> None:
       AssertionError: the results differ.
     """
     rng = np.random.default_rng(0)
-    for count, size, channels, filters, stride in CHECKED_SHAPES:
-        settings = {"strides": (stride, stride), "padding": ((1, 1), (1, 1))}
+    tolerances = {jnp.float32: 1e-4}
+    if has_bfloat16():
+        tolerances[jnp.bfloat16] = 2e-2
+    for (count, size, channels, filters, window, stride), dtype in product(
+        CHECKED_SHAPES, tolerances
+    ):
+        pad = (window // 2, window // 2)
+        settings: Any = {"strides": (stride, stride), "padding": (pad, pad)}
         x = rng.standard_normal((count, size, size, channels), np.float32)
-        kernel = rng.standard_normal((3, 3, channels, filters), np.float32)
+        kernel = rng.standard_normal((window, window, channels, filters), np.float32)
+        operands = jnp.asarray(x, dtype), jnp.asarray(kernel, dtype)
 
-        def run(conv: Callable, gradient: Callable, x: Any, kernel: Any, settings: Any = settings):
+        def run(functions: Any, x: Any, kernel: Any, settings: Any = settings):
+            conv, input_gradient, kernel_gradient = functions
             y = conv(x, kernel, **settings)
-            return y, gradient(x, y, size=(3, 3), **settings)
+            return (
+                y,
+                input_gradient(y, kernel, size=x.shape[1:3], **settings),
+                kernel_gradient(x, y, size=kernel.shape[:2], **settings),
+            )
 
-        ours = jax.jit(partial(run, onednn_conv, onednn_kernel_gradient))
-        theirs = jax.jit(partial(run, ordinary_conv, ordinary_kernel_gradient))(x, kernel)
+        ours = jax.jit(partial(run, (onednn_conv, onednn_input_gradient, onednn_kernel_gradient)))
+        ordinary = ordinary_conv, ordinary_input_gradient, ordinary_kernel_gradient
+        theirs = jax.jit(partial(run, ordinary))(*operands)
         for _ in range(10):
-            for a, b in zip(ours(x, kernel), theirs, strict=True):
-                np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-4 * np.abs(b).max())
+            for a, b in zip(ours(*operands), theirs, strict=True):
+                largest = np.abs(np.asarray(b, np.float32)).max()
+                np.testing.assert_allclose(
+                    np.asarray(a, np.float32),
+                    np.asarray(b, np.float32),
+                    rtol=10 * tolerances[dtype],
+                    atol=tolerances[dtype] * largest,
+                )
 
 
 def ordinary_conv(x: jax.Array, kernel: jax.Array, *, strides: Any, padding: Any) -> jax.Array:
@@ -84,7 +110,9 @@ def ordinary_conv(x: jax.Array, kernel: jax.Array, *, strides: Any, padding: Any
 
 
 def onednn_conv(x: jax.Array, kernel: jax.Array, *, strides: Any, padding: Any) -> jax.Array:
-    """Convolve with oneDNN."""
+    """Convolve with oneDNN, or as a matrix product if the images are single pixels."""
+    if x.shape[1:3] == kernel.shape[:2] == (1, 1) and not np.any(padding):
+        return lax.dot_general(x, kernel[0, 0], (((3,), (0,)), ((), ())))
     return _call_onednn(x, kernel, "HWIO", strides, padding, (1, 1))
 
 
@@ -109,6 +137,10 @@ def onednn_kernel_gradient(
     kernel steps over by dilation. The output is then as wide as the true kernel times these
     channels, which keeps the vector units busy; `size` alone would be too small.
     """
+    if size == (1, 1) and not np.any(padding):
+        x = x[:, :: strides[0], :: strides[1]]
+        rows, columns = x.reshape(-1, x.shape[-1]), g.reshape(-1, g.shape[-1])
+        return _multiply_transposed(rows, columns)[None, None]
     # Pad below and to the right until the output has the kernel's size. This padding is negative if
     # no window reaches the last rows or columns.
     (top, bottom), (left, right) = (
@@ -133,15 +165,15 @@ def onednn_kernel_gradient(
             (strides[0], strides[1] * channels),
         )
 
-    if x.size < LARGE or count % PART:
+    if x.nbytes <= LARGE or count % PART:
         total = of_part(x, g)
     else:
         parts = [a.reshape(count // PART, PART, *a.shape[1:]) for a in (x, g)]
         shape = (1, size[0], size[1] * channels, g.shape[-1])
         total = lax.scan(
-            lambda total, part: (total + of_part(*part), None), jnp.zeros(shape, x.dtype), parts
+            lambda total, part: (total + of_part(*part), None), jnp.zeros(shape, jnp.float32), parts
         )[0]
-    return total.reshape(*size, channels, -1)
+    return total.astype(x.dtype).reshape(*size, channels, -1)
 
 
 def _call_onednn(
@@ -188,20 +220,58 @@ def _call_onednn(
     return call(x, kernel)
 
 
-def _input_gradient(g: jax.Array, x: Any, kernel: jax.Array, *, strides: Any, padding: Any):
-    opposite = tuple(
-        (size - 1 - before, size - 1 - after)
-        for size, (before, after) in zip(kernel.shape, padding, strict=False)
+def _multiply_transposed(a: jax.Array, b: jax.Array) -> jax.Array:
+    """Multiply the transpose of `a` `(n, rows)` by `b` `(n, columns)` with oneDNN."""
+    call = jax.ffi.ffi_call(
+        "__onednn$matmul",
+        jax.ShapeDtypeStruct((a.shape[1], b.shape[1]), a.dtype),
+        custom_call_api_version=2,
+        legacy_backend_config=json.dumps({"onednn_matmul_config": {"transpose_a": True}}),
     )
-    if strides == (1, 1) and min(map(min, opposite)) >= 0:
-        turned = kernel[::-1, ::-1].swapaxes(2, 3)
-        return conv_p.bind(g, turned, strides=strides, padding=opposite)
+    return call(a, b)
+
+
+def ordinary_input_gradient(
+    g: jax.Array, kernel: jax.Array, *, size: tuple[int, int], strides: Any, padding: Any
+) -> jax.Array:
+    """Compute the input gradient of `ordinary_conv` with XLA, from `g`, that of its output.
+
+    The result is `(batch, height, width, in)`, with height and width from `size`.
+    """
+    x = jax.ShapeDtypeStruct((len(g), *size, kernel.shape[2]), g.dtype)
     conv = partial(ordinary_conv, kernel=kernel, strides=strides, padding=padding)
-    return jax.linear_transpose(conv, x.aval)(g)[0]
+    return jax.linear_transpose(conv, x)(g)[0]
 
 
-def _kernel_gradient(g: jax.Array, x: jax.Array, kernel: Any, **kw: Any):
-    return kernel_gradient_p.bind(x, g, size=kernel.aval.shape[:2], **kw)
+def onednn_input_gradient(
+    g: jax.Array, kernel: jax.Array, *, size: tuple[int, int], strides: Any, padding: Any
+) -> jax.Array:
+    """Compute the same gradient with oneDNN, or, if windows are strided, by matrix products.
+
+    XLA would stretch `g` by the strides first and, for maps of few pixels and many channels, take
+    up to fifty times as long.
+    """
+    opposite = tuple(
+        (k - 1 - before, k - 1 - after)
+        for k, (before, after) in zip(kernel.shape, padding, strict=False)
+    )
+    single = size == kernel.shape[:2] == (1, 1)
+    if strides == (1, 1) and min(map(min, opposite)) >= 0 and not single:
+        return _call_onednn(g, kernel[::-1, ::-1], "HWOI", strides, opposite, (1, 1))
+    total = jnp.zeros((), jnp.float32)
+    for tap in np.ndindex(kernel.shape[:2]):
+        term = lax.dot_general(
+            g, kernel[tap], (((3,), (1,)), ((), ())), preferred_element_type=jnp.float32
+        )
+        # Each product belongs to the pixel that this tap of its window lies on.
+        places = [
+            (first := t - before, n - 1 - (s * (o - 1) + first), s - 1)
+            for t, (before, _), n, s, o in zip(
+                tap, padding, size, strides, g.shape[1:3], strict=True
+            )
+        ]
+        total += lax.pad(term, jnp.float32(0), ((0, 0, 0), *places, (0, 0, 0)))
+    return total.astype(g.dtype)
 
 
 def _primitive(
@@ -241,6 +311,15 @@ def _primitive(
     return primitive
 
 
+def _gradient_of_input(g: jax.Array, x: Any, kernel: jax.Array, **kw: Any):
+    return input_gradient_p.bind(g, kernel, size=x.aval.shape[1:3], **kw)
+
+
+def _gradient_of_kernel(g: jax.Array, x: jax.Array, kernel: Any, **kw: Any):
+    return kernel_gradient_p.bind(x, g, size=kernel.aval.shape[:2], **kw)
+
+
+# Each is linear in both operands, and the gradients of one of the three are the other two.
 conv_p = _primitive(
     "conv",
     ordinary_conv,
@@ -248,7 +327,19 @@ conv_p = _primitive(
     lambda x, kernel, strides, padding: lax.conv_general_shape_tuple(
         x.shape, kernel.shape, strides, padding, DIMENSIONS
     ),
-    (_input_gradient, _kernel_gradient),
+    (_gradient_of_input, _gradient_of_kernel),
+)
+input_gradient_p = _primitive(
+    "conv_input_gradient",
+    ordinary_input_gradient,
+    onednn_input_gradient,
+    lambda g, kernel, size, **kw: (g.shape[0], *size, kernel.shape[2]),
+    (
+        lambda d, g, kernel, size, **kw: conv_p.bind(d, kernel, **kw),
+        lambda d, g, kernel, size, **kw: kernel_gradient_p.bind(
+            d, g, size=kernel.aval.shape[:2], **kw
+        ),
+    ),
 )
 kernel_gradient_p = _primitive(
     "conv_kernel_gradient",
@@ -256,7 +347,7 @@ kernel_gradient_p = _primitive(
     onednn_kernel_gradient,
     lambda x, g, size, **kw: (*size, x.shape[-1], g.shape[-1]),
     (
-        lambda d, x, g, size, **kw: _input_gradient(g, x, d, **kw),
+        lambda d, x, g, size, **kw: input_gradient_p.bind(g, d, size=x.aval.shape[1:3], **kw),
         lambda d, x, g, size, **kw: conv_p.bind(x, d, **kw),
     ),
 )

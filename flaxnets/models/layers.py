@@ -11,6 +11,7 @@ from jax import lax
 
 from flaxnets.errors import InputError
 from flaxnets.models.convolution import conv_general_dilated
+from flaxnets.models.normalization import BatchNorm
 
 Layer = Callable[..., Any]
 
@@ -67,30 +68,29 @@ def conv(
     )
 
 
-def batch_norm(
-    *, momentum: float = 0.9, epsilon: float = 1e-5, param_dtype: Any = jnp.float32, **kwargs: Any
-) -> nn.BatchNorm:
-    """Create a BatchNorm (Ioffe and Szegedy 2015, arXiv:1502.03167) with torchvision's constants.
+def batch_norm(*, momentum: float = 0.9, epsilon: float = 1e-5, **kwargs: Any) -> BatchNorm:
+    """Create a BatchNorm with torchvision's constants.
 
     `momentum` is the share that the running statistics keep, 1 minus torch's momentum.
     """
-    return nn.BatchNorm(
-        momentum=momentum,
-        epsilon=epsilon,
-        param_dtype=param_dtype,
-        # Statistics are float32 for bfloat16 activations, and float64 for float64 activations.
-        force_float32_reductions=param_dtype != jnp.float64,
-        **kwargs,
-    )
+    return BatchNorm(momentum=momentum, epsilon=epsilon, **kwargs)
 
 
+@jax.custom_jvp
 def relu(x: jax.Array) -> jax.Array:
     """Compute the rectifier `max(x, 0)`; its gradient at 0 is 0, and NaN stays NaN.
 
     With `maximum` after an addition, XLA on CPUs recomputes the whole residual stream in every
-    later block, so the step time grows with the square of depth. This form avoids that.
+    later block, so the step time grows with the square of depth. This form avoids that. The
+    gradient needs the result, which the next layer keeps anyway, and not `x`.
     """
     return jnp.where(x <= 0, 0, x)
+
+
+@relu.defjvp
+def _relu_jvp(primals: tuple[jax.Array], tangents: tuple[jax.Array]) -> tuple[jax.Array, jax.Array]:
+    y = relu(*primals)
+    return y, jnp.where(y <= 0, 0, tangents[0])
 
 
 def max_pool(x: jax.Array, size: int, stride: int, padding: int = 0) -> jax.Array:

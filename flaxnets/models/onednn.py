@@ -20,6 +20,7 @@ from flaxnets.files import cache_directory, write_cache
 
 # A jaxlib in which the custom call has changed would crash the process.
 TESTED_JAXLIB = ((0, 10, 2), (0, 13, 0))
+CHECK_VERSION = "2"  # of what `check_onednn` tries: another needs a new verdict
 # Seconds. The check takes about five, and a busy machine must not fail it.
 CHECK_LIMIT = 60
 # The alarm ends the check even if the parent process has been killed.
@@ -54,6 +55,13 @@ def has_onednn() -> bool:
         and jax.device_count() == 1
         and not (config.jax_enable_compilation_cache and config.jax_compilation_cache_dir)
     )
+
+
+@cache
+def has_bfloat16() -> bool:
+    """Return whether oneDNN multiplies bfloat16 here; without instructions for it, it may not."""
+    limited = any(os.environ.get(f"{name}_MAX_CPU_ISA") for name in ("ONEDNN", "DNNL"))
+    return "avx512_bf16" in _read_flags() and not limited
 
 
 def passes_check() -> bool:
@@ -100,10 +108,15 @@ def _passes_check() -> bool:
 def _is_below_avx2() -> bool:
     """Whether oneDNN would use instructions from before AVX2, by the processor or by request."""
     settings = [os.environ.get(f"{name}_MAX_CPU_ISA", "") for name in ("ONEDNN", "DNNL")]
-    flags = next((line for line in _read_cpuinfo() if line.startswith("flags")), None)
+    flags = _read_flags()
     return bool({setting.upper() for setting in settings} & {"SSE41", "AVX"}) or (
-        flags is not None and "avx2" not in flags.split()
+        bool(flags) and "avx2" not in flags
     )
+
+
+def _read_flags() -> list[str]:
+    """List what the processor can do; nothing if the system does not say."""
+    return next((line.split() for line in _read_cpuinfo() if line.startswith("flags")), [])
 
 
 def _read_cpuinfo() -> list[str]:
@@ -115,7 +128,7 @@ def _read_cpuinfo() -> list[str]:
 
 def _verdict_path() -> Path:
     cores = os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else ()
-    facts = [jaxlib.version.__version__, str(len(cores))]
+    facts = [CHECK_VERSION, jaxlib.version.__version__, str(len(cores))]
     facts += [
         f"{k}={v}" for k, v in sorted(os.environ.items()) if k.startswith(("ONEDNN_", "DNNL_"))
     ]

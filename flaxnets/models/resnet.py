@@ -18,6 +18,7 @@ import jax.numpy as jnp
 
 from flaxnets.errors import InputError
 from flaxnets.models.layers import Layer, batch_norm, conv, dense, max_pool, relu
+from flaxnets.models.normalization import BatchNorm
 
 BlockType = Literal["basic", "bottleneck"]
 Shortcut = Literal["A", "B", "C"]
@@ -356,7 +357,7 @@ def keras_conv(filters: int, size: int, stride: int = 1, **kwargs: Any) -> nn.Co
     )
 
 
-def keras_batch_norm(**kwargs: Any) -> nn.BatchNorm:
+def keras_batch_norm(**kwargs: Any) -> BatchNorm:
     """Create a BatchNorm with Keras's default constants."""
     return batch_norm(momentum=0.99, epsilon=1e-3, **kwargs)
 

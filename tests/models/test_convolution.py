@@ -57,6 +57,15 @@ SHAPES = [
     ((2, 23, 23), 3, 8, (7, 7), (2, 2), ((3, 3), (3, 3))),
     ((1, 5, 4), 1, 1, (2, 3), (3, 1), ((0, 2), (2, 0))),
     ((2, 1, 6), 3, 4, (1, 5), (3, 1), ((2, 0), (0, 1))),  # the last rows are in no window
+    # Bottlenecks on small maps.
+    ((4, 4, 4), 16, 8, (1, 1), (1, 1), ((0, 0), (0, 0))),
+    ((4, 4, 4), 8, 16, (3, 3), (2, 2), ((1, 1), (1, 1))),
+    ((4, 2, 2), 16, 16, (3, 3), (2, 2), ((1, 1), (1, 1))),
+    ((4, 2, 2), 8, 16, (1, 1), (2, 2), ((0, 0), (0, 0))),
+    ((4, 1, 1), 16, 8, (1, 1), (1, 1), ((0, 0), (0, 0))),
+    ((4, 1, 1), 8, 8, (3, 3), (1, 1), ((1, 1), (1, 1))),
+    ((3, 5, 5), 4, 8, (1, 1), (1, 1), ((1, 1), (1, 1))),
+    ((2, 8, 8), 4, 6, (2, 2), (3, 3), ((0, 0), (1, 0))),
 ]
 
 
@@ -93,10 +102,38 @@ def test_equals_the_ordinary_convolution_in_value_and_derivatives(shape):
 
 
 @needs_onednn
+@pytest.mark.skipif(not onednn.has_bfloat16(), reason="no bfloat16 in this processor")
+@pytest.mark.parametrize("shape", SHAPES[:4] + SHAPES[-8:-2])
+def test_bfloat16_is_as_exact_as_the_ordinary_convolution(shape):
+    """Both are compared with float32, since each rounds in places of its own."""
+    x, kernel, settings = operands(shape)
+
+    def run(conv, dtype):
+        value, pullback = jax.vjp(conv, jnp.asarray(x, dtype), jnp.asarray(kernel, dtype))
+        return value, *pullback(jnp.asarray(random(*value.shape), dtype))
+
+    exact = run(partial(ordinary_conv, **settings), jnp.float32)
+    ours = jax.jit(partial(run, partial(conv_p.bind, **settings), jnp.bfloat16))()
+    for a, b in zip(ours, exact, strict=True):
+        assert a.dtype == jnp.bfloat16
+        np.testing.assert_allclose(a.astype(jnp.float32), b, atol=1.5e-2 * np.abs(b).max())
+
+
+@needs_onednn
+def test_strided_input_gradients_are_matrix_products():
+    """XLA stretches the gradient first, which takes fifty times as long on 2x2 maps."""
+    x, kernel, settings = operands(SHAPES[1])
+    gradient = jax.jit(jax.grad(lambda x: (conv_p.bind(x, kernel, **settings) ** 2).sum()))
+    text = gradient.lower(x).as_text()
+    assert "stablehlo.convolution" not in text
+    assert text.count("stablehlo.dot_general") == 9
+
+
+@needs_onednn
 def test_a_kernel_gradient_in_parts(monkeypatch):
     x, kernel, settings = operands(SHAPES[1])
     x, kernel = jnp.asarray(x), jnp.asarray(kernel)
-    monkeypatch.setattr(convolution, "LARGE", x.size)
+    monkeypatch.setattr(convolution, "LARGE", x.nbytes - 1)
     monkeypatch.setattr(convolution, "PART", 2)
     gradient = jax.grad(lambda conv, k: (conv(x, k, **settings) ** 2).sum(), 1)
     text = str(
@@ -149,7 +186,7 @@ def uses_onednn(x, kernel, strides=(1, 1), padding=((1, 1), (1, 1)), **changed):
 
 
 @needs_onednn
-def test_used_where_it_is_known_to_work():
+def test_used_where_it_is_known_to_work(monkeypatch):
     x, kernel = jnp.ones((1, 8, 8, 4)), jnp.ones((3, 3, 4, 4))
     assert uses_onednn(x, kernel)
     assert uses_onednn(x, kernel, strides=(2, 2))
@@ -157,7 +194,10 @@ def test_used_where_it_is_known_to_work():
     assert not uses_onednn(x, kernel, rhs_dilation=(2, 2))
     assert not uses_onednn(x, kernel[:, :, :2], feature_group_count=2)
     assert not uses_onednn(x, kernel, precision=lax.Precision.HIGHEST)
-    assert not uses_onednn(x.astype(jnp.bfloat16), kernel.astype(jnp.bfloat16))
+    bfloat16 = x.astype(jnp.bfloat16), kernel.astype(jnp.bfloat16)
+    assert uses_onednn(*bfloat16) == onednn.has_bfloat16()
+    monkeypatch.setattr(convolution, "has_bfloat16", lambda: False)
+    assert not uses_onednn(*bfloat16)
 
 
 @needs_onednn
@@ -271,12 +311,21 @@ def test_it_passes_the_check_here(fresh_verdict, monkeypatch):
 
 
 def test_the_check_sees_wrong_numbers(monkeypatch):
-    monkeypatch.setattr(convolution, "CHECKED_SHAPES", ((2, 4, 3, 4, 1),))
-    monkeypatch.setattr(convolution, "onednn_kernel_gradient", lambda *a, **k: 1.01)
-    monkeypatch.setattr(convolution, "ordinary_kernel_gradient", lambda *a, **k: 1.0)
-    monkeypatch.setattr(convolution, "onednn_conv", ordinary_conv)
-    with pytest.raises(AssertionError, match="Not equal"):
-        convolution.check_onednn()
+    monkeypatch.setattr(convolution, "CHECKED_SHAPES", ((2, 4, 3, 4, 3, 1),))
+    monkeypatch.setattr(convolution, "has_bfloat16", lambda: False)
+    for name in ("conv", "input_gradient", "kernel_gradient"):
+        monkeypatch.setattr(convolution, f"onednn_{name}", getattr(convolution, f"ordinary_{name}"))
+    convolution.check_onednn()
+    for name in ("conv", "input_gradient", "kernel_gradient"):
+        right = getattr(convolution, f"ordinary_{name}")
+        with monkeypatch.context() as patch:
+            patch.setattr(
+                convolution,
+                f"onednn_{name}",
+                lambda *operands, right=right, **settings: 1.01 * right(*operands, **settings),
+            )
+            with pytest.raises(AssertionError, match="Not equal"):
+                convolution.check_onednn()
 
 
 @pytest.mark.slow
