@@ -185,6 +185,26 @@ def test_all_compute_the_same_loss(tmp_path, monkeypatch, name, overrides, task)
     assert contender.loss() == pytest.approx(expected, rel=1e-5)
 
 
+@pytest.mark.parametrize(("leaf", "initial"), [("mean", 0), ("var", 1)])
+def test_one_wrong_running_statistic_is_noticed(tmp_path, leaf, initial):
+    workload = Workload("cifar_resnet8", image_size=8, batch_size=4, task="evaluate")
+    settings = {"data": inputs.make_data(workload), "batch_size": 4, "bfloat16": False}
+    settings |= {"task": "evaluate", "device": "cpu"}
+    mine = ours.Contender(model=workload.model, weights=None, **settings)
+    weights = tmp_path / "weights.npz"
+    mine.save_weights(str(weights))
+    settings |= {"model": inputs.describe_architecture(workload.model), "weights": str(weights)}
+    losses = {"ours": mine.loss(), "right": flax_example.Contender(**settings).loss()}
+    comparison.check_losses(workload, losses)
+    with np.load(weights) as stored:
+        arrays = dict(stored)
+    changed = f"batch_stats/stage3_block1/bn2/{leaf}"
+    np.savez(weights, **(arrays | {changed: np.full_like(arrays[changed], initial)}))
+    losses["wrong"] = flax_example.Contender(**settings).loss()
+    with pytest.raises(comparison.DisagreementError, match="wrong computes a different function"):
+        comparison.check_losses(workload, losses)
+
+
 @pytest.mark.parametrize("augment", ["torch", "numpy"])
 def test_peers_augment_as_ours_do(augment):
     """Each result is one of the 81 crops, mirrored or not; many are seen."""
