@@ -1,19 +1,33 @@
-"""Benchmark training throughput against the same networks in PyTorch and in plain Flax.
+"""Benchmark throughput against the same networks in PyTorch and in plain Flax.
 
+    python experiments/benchmark.py
     python experiments/benchmark.py --models cifar_resnet20,resnet50 --against torch,flax-example
+    python experiments/benchmark.py --models cifar_resnet20 --task evaluate --batch-size 256
 
-The timing covers the whole train step: random crops and flips, normalisation, forward and backward
-pass, and update. All contenders must first compute the same loss for the same weights and images.
-Each runs in its own process, and they take turns in rounds of about a second, so that other load on
-the machine affects all of them.
+Without --models, --image-size, --batch-size, --precision and --task, it measures nine workloads.
+
+A training step is timed as a whole: random crops and flips, normalisation, forward and backward
+pass, and update. Evaluation is a pass over 8 batches in evaluation mode, which ends with the loss
+and the error. All contenders must first compute the same loss for the same weights and images; in
+evaluation, the running statistics are those of the images.
+
+Each contender runs in its own process, and they take turns in rounds of about a second, so that
+other load on the machine affects all of them. The ratio "ours / it" is the median over rounds of
+the round's ratio.
 
 Contenders besides this library ("ours"):
 
-  torch            PyTorch, eager: channels_last, fused SGD, augmentation on the device
-  torch-compile    the same with torch.compile
-  torch-cudagraph  the same with torch.compile(mode="reduce-overhead"), for GPUs
-  flax-example     plain Flax: nn.Conv, nn.relu(y + x), batches made by NumPy on the host
-  seeds-together   ours, training the networks of 4 seeds as one; images/s counts all four
+  torch                 PyTorch, eager, with its best settings
+  torch-default-malloc  the same with glibc's default allocator
+  torch-compile         torch with torch.compile
+  torch-cudagraph       torch with torch.compile(mode="reduce-overhead"), for GPUs
+  flax-example          plain Flax: nn.Conv, nn.relu(y + x), batches made by NumPy on the host
+  seeds-together        ours, training the networks of 4 seeds as one; images/s counts all four
+
+All but torch-default-malloc have the allocator settings of this library's commands: glibc keeps
+freed memory. All use every core and flush denormal numbers to zero. PyTorch gets channels_last,
+fused SGD, gradients set to None, data and augmentation on the device, autocast for bfloat16,
+inference_mode in evaluation, and TF32 and cuDNN's autotuning on GPUs.
 """
 
 import signal
@@ -22,6 +36,7 @@ if __name__ == "__main__":
     # Importing takes seconds: until `run_command`, Ctrl-C ends the process without a traceback.
     signal.signal(signal.SIGINT, signal.SIG_DFL)
 
+import argparse
 import importlib.util
 import json
 import math
@@ -32,13 +47,15 @@ from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parents[1]))  # the directory of the package `experiments`
 
-from experiments.contenders.comparison import TOLERANCES, DisagreementError, compare
+from experiments.contenders.comparison import DisagreementError, compare
 from experiments.contenders.inputs import describe_architecture
 from experiments.contenders.pool import Contender
-from experiments.contenders.report import Hardware, Report, Settings, find_versions
+from experiments.contenders.report import Hardware, Report, find_versions
+from experiments.contenders.workload import PRECISIONS, TASKS, Workload
 from flaxnets.cli.arguments import ArgumentParser, check_choice, positive, words
 from flaxnets.cli.main import run_command
 from flaxnets.cli.progress import plain_console
@@ -51,21 +68,27 @@ from flaxnets.reporting.figures import draw_benchmark
 CONTENDERS = {
     "ours": Contender("ours"),
     "torch": Contender("torch_peer"),
+    "torch-default-malloc": Contender("torch_peer", keep_memory=False),
     "torch-compile": Contender("torch_peer", {"compile": "default"}),
     "torch-cudagraph": Contender("torch_peer", {"compile": "reduce-overhead"}),
     "flax-example": Contender("flax_example"),
     "seeds-together": Contender("ours", {"seeds": 4}),
 }
-MODELS = "cifar_resnet20,cifar_resnet56,cifar_plain56,resnet50"
-AGAINST = "torch,torch-compile,flax-example"
+MODELS = ("cifar_resnet20", "cifar_resnet56", "cifar_plain56", "resnet50")
+WORKLOADS = (
+    *(Workload(model) for model in MODELS),
+    Workload("cifar_resnet56", image_size=8),
+    Workload("cifar_resnet20", image_size=8),
+    Workload("resnet18", image_size=64, batch_size=64),
+    Workload("cifar_resnet20", precision="bfloat16"),
+    Workload("cifar_resnet20", batch_size=256, task="evaluate"),
+)
+AGAINST = "torch,torch-default-malloc"
 
 
 @dataclass(frozen=True)
 class Options:
-    models: tuple[str, ...]
-    image_size: int
-    batch_size: int
-    precision: str
+    workloads: tuple[Workload, ...]
     against: tuple[str, ...]
     rounds: int
     seconds: float
@@ -85,33 +108,31 @@ def main(arguments: list[str] | None = None) -> int:
         date=datetime.now(UTC).isoformat(timespec="seconds"),
         hardware=Hardware.detect(),
         versions=find_versions(),
-        settings=Settings(
-            options.image_size, options.batch_size, options.precision, options.rounds
-        ),
+        rounds=options.rounds,
     )
-    for model in options.models:
+    for workload in options.workloads:
         if time.monotonic() > deadline:
-            report = replace(report, left_out=[*report.left_out, model])
+            report = replace(report, left_out=[*report.left_out, workload])
         else:
             try:
-                measured, gpu = compare(model, contenders, report.settings, deadline, show)
+                measured, gpu = compare(workload, contenders, options.rounds, deadline, show)
             except DisagreementError as error:
                 print(f"error: {error}", file=sys.stderr)
                 return 1
             hardware = replace(report.hardware, gpu=gpu or report.hardware.gpu)
-            report = replace(report, models=[*report.models, measured], hardware=hardware)
+            measurements = [*report.measurements, measured]
+            report = replace(report, measurements=measurements, hardware=hardware)
         write_atomic(numbers, json.dumps(encode(report), indent=1))
 
     console.print(report.table())
     for line in report.remarks(options.seconds):
         show(line)
     show(f"numbers: {numbers}")
-    rates = report.rates()
-    if not rates:
-        return 1
-    draw_benchmark(rates, figure, report.title())
-    show(f"figure: {figure}")
-    return 0
+    ratios = report.ratios()
+    if any(ratios.values()):
+        draw_benchmark(ratios, figure, report.title())
+        show(f"figure: {figure}")
+    return 0 if ratios else 1
 
 
 def unique_words(text: str) -> tuple[str, ...]:
@@ -123,30 +144,48 @@ def parse_arguments(arguments: list[str]) -> Options:
     parser = ArgumentParser(description=__doc__)
     add_names = partial(parser.add_argument, metavar="NAMES", type=unique_words)
     add_number = partial(parser.add_argument, metavar="N", type=positive(int))
-    add_names("--models", default=MODELS, help="comma-separated networks (%(default)s)")
-    add_number("--image-size", default=32, help="side in pixels (%(default)s)")
-    add_number("--batch-size", default=128, help="images per step (%(default)s)")
-    parser.add_argument(
-        "--precision", default="float32", metavar="TYPE", help="float32 (the default) or bfloat16"
+    custom = parser.add_argument_group("workloads to measure in place of the nine").add_argument
+    add_custom = partial(custom, default=argparse.SUPPRESS)
+    add_custom(
+        "--models",
+        metavar="NAMES",
+        type=unique_words,
+        help=f"comma-separated networks ({','.join(MODELS)})",
     )
+    add_custom("--image-size", metavar="N", type=positive(int), help="side in pixels (32)")
+    add_custom("--batch-size", metavar="N", type=positive(int), help="images per batch (128)")
+    add_custom("--precision", metavar="TYPE", help="float32 (the default) or bfloat16")
+    add_custom("--task", help="train (the default) or evaluate")
     add_names("--against", default=AGAINST, help="comma-separated contenders (%(default)s)")
     add_number("--rounds", default=10, help="rounds per contender (%(default)s)")
     add_number(
         "--seconds",
         type=positive(float),
         default=math.inf,
-        help="start no further model or round after N seconds",
+        help="start no further workload or round after N seconds",
     )
     parser.add_argument(
         "--out",
         type=Path,
         default=Path("runs/benchmark"),
         metavar="DIR",
-        help="directory for benchmark.json and benchmark.png (%(default)s)",
+        help="directory for benchmark.json, .png and .svg (%(default)s)",
     )
-    options = Options(**vars(parser.parse(arguments)))
+    options = choose_workloads(vars(parser.parse(arguments)))
     check(options)
     return options
+
+
+def choose_workloads(arguments: dict[str, Any]) -> Options:
+    """Make the options: custom workloads if the arguments have a model or a setting of them."""
+    settings = {
+        name: arguments.pop(name)
+        for name in ("image_size", "batch_size", "precision", "task")
+        if name in arguments
+    }
+    models = arguments.pop("models", MODELS if settings else ())
+    workloads = tuple(Workload(model, **settings) for model in models)
+    return Options(workloads=workloads or WORKLOADS, **arguments)
 
 
 def check(options: Options) -> None:
@@ -155,7 +194,9 @@ def check(options: Options) -> None:
     Raises:
       InputError: a name is unknown, a contender cannot run, or the directory cannot be made.
     """
-    check_choice("--precision", options.precision, tuple(TOLERANCES))
+    for workload in options.workloads:
+        check_choice("--precision", workload.precision, PRECISIONS)
+        check_choice("--task", workload.task, tuple(TASKS))
     peers = tuple(name for name in CONTENDERS if name != "ours")
     for name in options.against:
         check_choice("--against", name, peers)
@@ -164,10 +205,10 @@ def check(options: Options) -> None:
                 f"--against {name}: PyTorch is not installed: pip install -e '.[benchmark]', "
                 "or choose --against flax-example"
             )
-    for name in options.models:
-        create_model(name, num_classes=10)
+    for workload in options.workloads:
+        create_model(workload.model, num_classes=10)
         if any(CONTENDERS[peer].module != "ours" for peer in options.against):
-            describe_architecture(name)
+            describe_architecture(workload.model)
     try:
         options.out.mkdir(parents=True, exist_ok=True)
     except OSError as error:

@@ -1,4 +1,4 @@
-"""Comparison of contenders: one model, the same weights and images, timed in turns."""
+"""Comparison of contenders: one workload, the same weights and images, timed in turns."""
 
 import contextlib
 import math
@@ -18,9 +18,10 @@ from experiments.contenders.report import (
     FailedMeasurement,
     Failure,
     Measurement,
-    Settings,
     Timing,
+    speed_ratios,
 )
+from experiments.contenders.workload import TASKS, Workload
 
 TOLERANCES = {"float32": 1e-3, "bfloat16": 3e-2}  # loss differences, relative for losses above 1
 SECONDS_A_ROUND = 0.75
@@ -31,16 +32,17 @@ class DisagreementError(Exception):
 
 
 def compare(
-    model: str,
+    workload: Workload,
     contenders: Mapping[str, Contender],
-    settings: Settings,
+    rounds: int,
     deadline: float,
     show: Callable[[str], None],
 ) -> tuple[Measurement | FailedMeasurement, str | None]:
-    """Measure one model; failed contenders are reported with the reason.
+    """Measure one workload; failed contenders are reported with the reason.
 
     Args:
       contenders: by name, `ours` first.
+      rounds: number of rounds.
       deadline: time at which the last round may start, on the clock `time.monotonic`.
       show: receives a line whenever there is progress.
 
@@ -51,16 +53,16 @@ def compare(
       DisagreementError: their losses differ.
     """
     # Reserve time for the rounds, at most half of what is left.
-    rounds_seconds = settings.rounds * len(contenders) * SECONDS_A_ROUND
+    rounds_seconds = rounds * len(contenders) * SECONDS_A_ROUND
     ready_by = deadline - min(rounds_seconds, (deadline - time.monotonic()) / 2)
-    gpu, measured = None, FailedMeasurement(model, {})
+    gpu, measured = None, FailedMeasurement(workload, {})
     with (
         tempfile.TemporaryDirectory(prefix="flaxnets-benchmark-") as directory,
         WorkerPool(contenders, Path(directory), ready_by) as pool,
         contextlib.suppress(WorkerError),  # ours failed, and the others need its weights
     ):
-        device, gpu = start_contenders(model, pool, settings)
-        measured = measure(model, device, pool, settings, deadline, show)
+        device, gpu = start_contenders(workload, pool)
+        measured = measure(workload, device, pool, rounds, deadline, show)
     reason = "ours failed, so there is nothing to compare with"
     failures = {
         name: Failure(pool.failures.get(name, reason))
@@ -70,21 +72,22 @@ def compare(
     return replace(measured, contenders={**measured.contenders, **failures}), gpu
 
 
-def start_contenders(model: str, pool: WorkerPool, settings: Settings) -> tuple[str, str | None]:
+def start_contenders(workload: Workload, pool: WorkerPool) -> tuple[str, str | None]:
     """Make the contenders; return the device, `"cpu"` or `"gpu"`, and the name of the GPU.
 
     Raises:
       WorkerError: ours fails.
     """
     data, weights = pool.directory / "data.npz", pool.directory / "weights.npz"
-    arrays: Any = make_data(settings.image_size, settings.batch_size)
+    arrays: Any = make_data(workload)
     np.savez(data, **arrays)
     common: dict[str, Any] = {
         "data": str(data),
-        "batch_size": settings.batch_size,
-        "bfloat16": settings.precision == "bfloat16",
+        "batch_size": workload.batch_size,
+        "bfloat16": workload.precision == "bfloat16",
+        "task": workload.task,
     }
-    ours = pool.contenders["ours"].arguments
+    model, ours = workload.model, pool.contenders["ours"].arguments
     device = pool.call_ours("start", model=model, device=None, weights=None, **common, **ours)
     pool.call_ours("save_weights", path=str(weights))
     gpu = pool.call_ours("device_kind") if device == "gpu" else None
@@ -96,10 +99,10 @@ def start_contenders(model: str, pool: WorkerPool, settings: Settings) -> tuple[
 
 
 def measure(
-    model: str,
+    workload: Workload,
     device: str,
     pool: WorkerPool,
-    settings: Settings,
+    rounds: int,
     deadline: float,
     show: Callable[[str], None],
 ) -> Measurement:
@@ -111,74 +114,81 @@ def measure(
     """
     first_step = pool.call("time", steps=1)
     pool.deadline = math.inf  # the remaining steps are short
-    show(f"{model}: first step {listed(first_step, '{:.1f} s')}")
+    show(f"{workload.name}: first step {listed(first_step, '{:.1f} s')}")
     losses = pool.call("loss")
-    check_losses(model, losses, TOLERANCES[settings.precision])
-    show(f"{model}: loss {listed(losses, '{:.5f}')}")
+    check_losses(workload, losses)
+    show(f"{workload.name}: loss {listed(losses, '{:.5f}')}")
 
     warm_up = pool.call("time", steps=2)
     steps = max(1, round(SECONDS_A_ROUND / (median(warm_up.values()) / 2)))
-    rates = run_rounds(pool, steps, settings, deadline)
-    show(f"{model}: {len(rates['ours'])} rounds of {steps} steps")
+    rates = run_rounds(pool, steps * workload.images_per_step, steps, rounds, deadline)
+    show(f"{workload.name}: {len(rates['ours'])} rounds of {steps} steps")
     peak_bytes = pool.call("peak_bytes")
-    matmul_flops = pool.call_ours("matmul_flops")
+    # Products of bfloat16 matrices are fast only in PyTorch on some CPUs.
+    matmul_flops = max(pool.call("matmul_flops").values())
     multiply_adds = pool.call_ours("multiply_adds")
-    host_seconds = pool.call_ours("host_seconds", steps=max(5, steps))
+    host_seconds = None
+    if workload.task == "train":
+        host_seconds = pool.call_ours("host_seconds", steps=max(5, steps))
 
     timings = {}
     for name in pool.contenders:
-        ratios = [ours / it for ours, it in zip(rates["ours"], rates[name], strict=True)]
+        operations = 2 * TASKS[workload.task] * multiply_adds  # of each image
         timings[name] = Timing(
             images_per_second=median(rates[name]),
             slowest_round=min(rates[name]),
             fastest_round=max(rates[name]),
-            ours_over_this=median(ratios),
+            ours_over_this=median(speed_ratios(rates["ours"], rates[name])),
             first_step_seconds=first_step[name],
             peak_bytes=peak_bytes[name],
-            # A step costs three forward passes, a multiply-add two operations.
-            share_of_matmul_peak=3 * 2 * multiply_adds * median(rates[name]) / matmul_flops,
+            share_of_matmul_peak=operations * median(rates[name]) / matmul_flops,
             loss=losses[name],
             rounds=rates[name],
         )
-    step_seconds = settings.batch_size / timings["ours"].images_per_second
+    step_seconds = workload.images_per_step / timings["ours"].images_per_second
     return Measurement(
-        model=model,
+        workload=workload,
         device=device,
         steps_per_round=steps,
         multiply_adds=multiply_adds,
         matmul_flops_per_second=matmul_flops,
         host_seconds_per_step=host_seconds,
-        host_share_of_step=host_seconds / step_seconds,
+        host_share_of_step=host_seconds and host_seconds / step_seconds,
         contenders=timings,
     )
 
 
 def run_rounds(
-    pool: WorkerPool, steps: int, settings: Settings, deadline: float
+    pool: WorkerPool, images: int, steps: int, rounds: int, deadline: float
 ) -> dict[str, list[float]]:
-    """Time the contenders in turn; return images per second in each round, by contender."""
-    rounds: list[dict[str, float]] = []
-    while len(rounds) < settings.rounds and (time.monotonic() < deadline or not rounds):
-        rounds.append(pool.call("time_round", steps=steps))
+    """Time the contenders in turn; return images per second in each round, by contender.
+
+    Args:
+      images: number of images in a round's `steps`.
+    """
+    times: list[dict[str, float]] = []
+    while len(times) < rounds and (time.monotonic() < deadline or not times):
+        times.append(pool.call("time_round", steps=steps))
     return {
-        name: [steps * settings.batch_size * contender.networks / times[name] for times in rounds]
+        name: [images * contender.networks / seconds[name] for seconds in times]
         for name, contender in pool.contenders.items()
     }
 
 
-def check_losses(model: str, losses: Mapping[str, float], tolerance: float) -> None:
+def check_losses(workload: Workload, losses: Mapping[str, float]) -> None:
     """Check that all losses equal ours.
 
     Raises:
-      DisagreementError: a loss differs by more than `tolerance`, relative for losses above 1.
+      DisagreementError: a loss differs by more than the precision's tolerance.
     """
-    ours = losses["ours"]
+    ours, tolerance = losses["ours"], TOLERANCES[workload.precision]
     for contender, loss in losses.items():
         difference = abs(loss - ours) / max(1.0, abs(ours))
         if not difference <= tolerance:  # also refuses NaN
             raise DisagreementError(
-                f"{model}: {contender} computes a different function: its loss is {loss:.6g}, ours "
-                f"is {ours:.6g}, a difference of {difference:.2g}, which is more than {tolerance:g}"
+                f"{workload.name}: {contender} computes a different function: its loss is "
+                f"{loss:.6g}, ours is {ours:.6g}, a difference of {difference:.2g}, "
+                f"which is more than {tolerance:g}"
             )
 
 

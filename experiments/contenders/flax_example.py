@@ -111,6 +111,14 @@ def train_step(state: TrainState, images, labels):
     return state.apply_gradients(grads=gradients, batch_stats=batch_stats), loss
 
 
+@jax.jit
+def eval_step(state: TrainState, images, labels):
+    variables = {"params": state.params, "batch_stats": state.batch_stats}
+    logits = state.apply_fn(variables, images, train=False).astype(jnp.float32)
+    losses = optax.softmax_cross_entropy_with_integer_labels(logits, labels)
+    return losses.sum(), (jnp.argmax(logits, -1) != labels).sum()
+
+
 def augment(rng: np.random.Generator, images: np.ndarray) -> np.ndarray:
     """Crop images randomly after padding them with 4 black pixels, and flip half of them."""
     count, height, width, _ = images.shape
@@ -131,6 +139,7 @@ class Contender:
         data: Mapping[str, np.ndarray],
         batch_size: int,
         bfloat16: bool,
+        task: str,
         device: str | None,
         weights: str,
     ) -> None:
@@ -148,10 +157,13 @@ class Contender:
             batch_stats=self._variables["batch_stats"],
         )
         self._data, self._batch_size, self._steps_done = data, batch_size, 0
+        self._evaluates = task == "evaluate"
         self._rng = np.random.default_rng(0)
         self._order = self._rng.permutation(len(data["labels"]))
 
     def loss(self) -> float:
+        if self._evaluates:
+            return self.evaluate()[0]
         labels = self._data["labels"][: self._batch_size]
         loss = jax.jit(loss_fn, static_argnums=2)(
             self._variables["params"],
@@ -163,15 +175,32 @@ class Contender:
         return float(loss)
 
     def run(self, steps: int) -> None:
-        data = self._data
         for _ in range(steps):
-            start = self._steps_done % (len(self._order) // self._batch_size) * self._batch_size
-            indices = self._order[start : start + self._batch_size]
-            images = augment(self._rng, data["images"][indices]).astype(np.float32) / 255
-            images = (images - data["mean"]) / data["std"]
-            self._state, _ = train_step(self._state, images, data["labels"][indices])
-            self._steps_done += 1
+            if self._evaluates:
+                self.evaluate()
+            else:
+                self._train_step()
         jax.block_until_ready(self._state)
+
+    def _train_step(self) -> None:
+        start = self._steps_done % (len(self._order) // self._batch_size) * self._batch_size
+        indices = self._order[start : start + self._batch_size]
+        images = self._normalise(augment(self._rng, self._data["images"][indices]))
+        self._state, _ = train_step(self._state, images, self._data["labels"][indices])
+        self._steps_done += 1
+
+    def _normalise(self, images: np.ndarray) -> np.ndarray:
+        return (images.astype(np.float32) / 255 - self._data["mean"]) / self._data["std"]
+
+    def evaluate(self) -> tuple[float, float]:
+        """Compute mean cross-entropy and error in percent over the split."""
+        images, labels = self._data["images"], self._data["labels"]
+        totals = []
+        for start in range(0, len(labels), self._batch_size):
+            batch = slice(start, start + self._batch_size)
+            totals.append(eval_step(self._state, self._normalise(images[batch]), labels[batch]))
+        losses, errors = zip(*jax.device_get(totals), strict=True)
+        return float(sum(losses)) / len(labels), 100 * int(sum(errors)) / len(labels)
 
     def peak_bytes(self) -> int:
         return jax.devices()[0].memory_stats()["peak_bytes_in_use"]

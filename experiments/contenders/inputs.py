@@ -4,6 +4,7 @@ from typing import Any
 
 import numpy as np
 
+from experiments.contenders.workload import Workload
 from flaxnets.errors import InputError
 from flaxnets.models import ResNet, create_model
 from flaxnets.models.layers import batch_norm, conv
@@ -37,15 +38,17 @@ def describe_architecture(name: str) -> dict[str, Any]:
     return {attribute: getattr(model, attribute) for attribute in ARCHITECTURE}
 
 
-def make_data(image_size: int, batch_size: int) -> dict[str, np.ndarray]:
-    """Make random images and labels, and the batch for the loss check.
+def make_data(workload: Workload) -> dict[str, np.ndarray]:
+    """Make random images and labels, and the batch for the loss check in training.
 
-    Returns `images` uint8 `(n, height, width, 3)`, `labels` int32 `(n,)`, `mean` and `std` per
-    channel on a scale of 0 to 1, the learning rate as `rate`, and `check_images`, the first batch
-    after normalisation.
+    Evaluation covers all images once. Returns `images` uint8 `(n, height, width, 3)`, `labels`
+    int32 `(n,)`, `mean` and `std` per channel on a scale of 0 to 1, the learning rate as `rate`,
+    and `check_images`, the first batch after normalisation.
     """
     rng = np.random.default_rng(0)
-    count = max(1024, 2 * batch_size)
+    image_size, batch_size = workload.image_size, workload.batch_size
+    trained_on = max(1024, 2 * batch_size)
+    count = workload.images_per_step if workload.task == "evaluate" else trained_on
     images = rng.integers(0, 256, (count, image_size, image_size, 3), np.uint8)
     mean, std = np.full(3, 0.5, np.float32), np.full(3, 0.29, np.float32)
     return {

@@ -2,7 +2,7 @@
 
 import statistics
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -15,10 +15,8 @@ from flaxnets import create_model
 from flaxnets.data import Augmentation, Preprocess, Split, epoch_order
 from flaxnets.models.cost import count_cost
 from flaxnets.parallel import data_mesh, replicate
-from flaxnets.training import create_state, make_train_step
-from flaxnets.training.steps import cross_entropy
-
-MATRIX_SIZES = {"cpu": (1024, 2048), "gpu": (4096, 8192)}
+from flaxnets.training import create_state, evaluate, make_eval_step, make_train_step
+from flaxnets.training.steps import cross_entropy, init_variables
 
 
 class Contender:
@@ -30,6 +28,7 @@ class Contender:
         data: Mapping[str, np.ndarray],
         batch_size: int,
         bfloat16: bool,
+        task: str,
         device: str | None,
         weights: str | None,
         seeds: int = 1,
@@ -40,16 +39,40 @@ class Contender:
         self._data, self._batch_size = data, batch_size
         images, labels = data["images"], data["labels"]
         self._shape = images.shape[1:]
-        preprocess = Preprocess(self._shape, tuple(data["mean"]), tuple(data["std"]))
+        self._preprocess = Preprocess(self._shape, tuple(data["mean"]), tuple(data["std"]))
+        self._mesh = data_mesh(jax.devices()[:1])
+        self._split = replicate(Split(images, labels), self._mesh)
+        self._evaluates = task == "evaluate"
+        if self._evaluates:
+            self._start_evaluation(seeds)
+        else:
+            self._start_training(seeds)
+
+    def _start_evaluation(self, seeds: int) -> None:
+        if seeds > 1:
+            raise RuntimeError("networks are trained together, but evaluated one by one")
+        variables = init_variables(self._model, jax.random.key(0), self._shape)
+        variables = estimate_statistics(self._model, variables, self._data["check_images"][:16])
+        self._variables = [jax.device_get(variables)]
+        self._on_device = replicate(self._variables[0], self._mesh)
+        self._eval_step = make_eval_step(self._model, self._preprocess, self._mesh)
+
+    def _start_training(self, seeds: int) -> None:
         optimizer = optax.chain(
-            optax.add_decayed_weights(1e-4), optax.sgd(float(data["rate"]), momentum=0.9)
+            optax.add_decayed_weights(1e-4), optax.sgd(float(self._data["rate"]), momentum=0.9)
         )
-        mesh = data_mesh(jax.devices()[:1])
-        self._split = replicate(Split(images, labels), mesh)
-        states = [create_state(self._model, optimizer, s, self._shape, mesh) for s in range(seeds)]
-        orders = [epoch_order(state.key, 0, len(labels)) for state in states]
+        states = [
+            create_state(self._model, optimizer, seed, self._shape, self._mesh)
+            for seed in range(seeds)
+        ]
+        orders = [epoch_order(state.key, 0, len(self._data["labels"])) for state in states]
         self._step = make_train_step(
-            self._model, optimizer, preprocess, Augmentation(4, flip=True), batch_size, mesh
+            self._model,
+            optimizer,
+            self._preprocess,
+            Augmentation(4, flip=True),
+            self._batch_size,
+            self._mesh,
         )
         # States are donated, and the loss check needs their weights later.
         self._variables = jax.device_get([state.variables for state in states])
@@ -69,13 +92,25 @@ class Contender:
             logits = self._model.apply(variables, images, train=True, mutable=["batch_stats"])[0]
             return cross_entropy(logits, labels).mean()
 
+        if self._evaluates:
+            return self.evaluate()[0]
         batch = self._data["check_images"], self._data["labels"][: self._batch_size]
         if len(self._variables) == 1:
             return float(jax.jit(loss)(self._variables[0], *batch))
         together = jax.tree.map(lambda *leaves: np.stack(leaves), *self._variables)
         return float(jax.jit(jax.vmap(loss, (0, None, None)))(together, *batch)[0])
 
+    def evaluate(self) -> tuple[float, float]:
+        """Compute mean cross-entropy and error in percent, as a study does."""
+        result = evaluate(self._eval_step, self._on_device, self._split, self._batch_size)
+        assert result is not None  # nothing stops it
+        return result
+
     def run(self, steps: int) -> None:
+        if self._evaluates:
+            for _ in range(steps):
+                self.evaluate()
+            return
         for _ in range(steps):
             self._state, _ = self._step(self._state, self._split, self._order)
         jax.block_until_ready(self._state)
@@ -91,7 +126,8 @@ class Contender:
         return count_cost(self._model, self._shape, 10).multiply_adds
 
     def host_seconds(self, steps: int) -> float:
-        """Measure the median time until a step's call returns, starting from an idle device."""
+        """Measure the median time until a train step's call returns, starting from an idle
+        device."""
         times = []
         for _ in range(steps):
             start = time.perf_counter()
@@ -100,15 +136,23 @@ class Contender:
             jax.block_until_ready(self._state)
         return statistics.median(times)
 
-    def matmul_flops(self) -> float:
-        """Measure operations a second in the best of a few products of square matrices."""
-        best = 0.0
-        for size in MATRIX_SIZES.get(self.device, MATRIX_SIZES["gpu"]):
-            matrix = jax.random.normal(jax.random.key(0), (size, size), self._dtype)
-            multiply = jax.jit(jnp.matmul)
-            jax.block_until_ready(multiply(matrix, matrix))
-            for _ in range(8):
-                start = time.perf_counter()
-                jax.block_until_ready(multiply(matrix, matrix))
-                best = max(best, 2 * size**3 / (time.perf_counter() - start))
-        return best
+    def make_matmul(self, size: int) -> Callable[[], object]:
+        matrix = jax.random.normal(jax.random.key(0), (size, size), self._dtype)
+        multiply = jax.jit(jnp.matmul)
+        return lambda: jax.block_until_ready(multiply(matrix, matrix))
+
+
+def estimate_statistics(model: Any, variables: dict, images: np.ndarray) -> dict:
+    """Return variables with running statistics updated ten times on normalised `images`.
+
+    A new network's means of 0 and variances of 1 would hide mistakes with them.
+    """
+
+    @jax.jit
+    def update(variables: dict) -> dict:
+        _, statistics = model.apply(variables, images, train=True, mutable=["batch_stats"])
+        return {**variables, **statistics}
+
+    for _ in range(10):
+        variables = update(variables)
+    return variables

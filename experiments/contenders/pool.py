@@ -15,10 +15,14 @@ from typing import Any
 
 @dataclass(frozen=True)
 class Contender:
-    """A module in experiments/contenders, and extra arguments of its `Contender`."""
+    """A module in experiments/contenders, and extra arguments of its `Contender`.
+
+    With `keep_memory`, its process has the allocator settings of this library's commands.
+    """
 
     module: str
     arguments: Mapping[str, Any] = field(default_factory=dict)
+    keep_memory: bool = True
 
     @property
     def networks(self) -> int:
@@ -48,7 +52,7 @@ class WorkerPool:
         self._workers: dict[str, _Worker] = {}
         try:
             for name, contender in contenders.items():
-                self._workers[name] = _Worker(contender.module, directory / name)
+                self._workers[name] = _Worker(contender, directory / name)
         except BaseException:  # such as Ctrl-C; `__exit__` does not run before `__enter__`
             self.__exit__()
             raise
@@ -91,7 +95,7 @@ class WorkerPool:
 class _Worker:
     """A process that runs `worker.py`."""
 
-    def __init__(self, module: str, path: Path) -> None:
+    def __init__(self, contender: Contender, path: Path) -> None:
         self._log = path.with_name(f"{path.name}.log")
         environment = os.environ | {
             # Several processes share the GPU.
@@ -103,8 +107,9 @@ class _Worker:
         self._connection, theirs = Pipe()
         with theirs, self._log.open("wb") as log:
             script, number = str(Path(__file__).with_name("worker.py")), theirs.fileno()
+            allocator = "keep-memory" if contender.keep_memory else "default-malloc"
             self._process = subprocess.Popen(
-                [sys.executable, script, module, str(number)],
+                [sys.executable, script, contender.module, str(number), allocator],
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=log,

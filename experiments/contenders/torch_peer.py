@@ -1,6 +1,6 @@
 """The same network and train step in PyTorch, with the settings that make it fast."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
@@ -126,6 +126,7 @@ class Contender:
         data: Mapping[str, np.ndarray],
         batch_size: int,
         bfloat16: bool,
+        task: str,
         device: str,
         weights: str,
         compile: str | None = None,
@@ -139,13 +140,18 @@ class Contender:
         if device == "gpu":
             torch.backends.cudnn.benchmark = True
             torch.set_float32_matmul_precision("high")  # TF32
+        # XLA does the same. The threads of OpenMP start later, and take it over.
+        torch.set_flush_denormal(True)
         place = torch.device("cuda" if device == "gpu" else "cpu")
         torch.manual_seed(0)
         with np.load(weights) as arrays:
             self._weights = dict(arrays)
         network: Any = Network(**model)
         network.load(self._weights)
-        self._network = network.to(place, memory_format=torch.channels_last).train()
+        self._evaluates = task == "evaluate"
+        self._network = network.to(place, memory_format=torch.channels_last)
+        self._network.train(not self._evaluates)
+        # PyTorch's default number of threads is the number of cores.
         self._optimizer = torch.optim.SGD(
             self._network.parameters(),
             lr=float(data["rate"]),
@@ -163,11 +169,13 @@ class Contender:
         self._mean, self._std = on_device("mean"), on_device("std")
         self._order = torch.randperm(len(self._labels), device=place)
         self._batch_size, self._steps_done = batch_size, 0
+        self._place, self._dtype = place, torch.bfloat16 if bfloat16 else torch.float32
         self._autocast = torch.autocast(place.type, torch.bfloat16, enabled=bfloat16)
-        self._prepare, self._loss = self.prepare, self.cross_entropy
+        self._prepare, self._loss, self._count = self.prepare, self.cross_entropy, self.count
         if compile is not None:
             self._prepare = torch.compile(self.prepare, mode=compile)
             self._loss = torch.compile(self.cross_entropy, mode=compile)
+            self._count = torch.compile(self.count, mode=compile)
 
     def prepare(self, images: torch.Tensor) -> torch.Tensor:
         """Crop, flip and normalise images: uint8 NHWC -> float NCHW in channels_last."""
@@ -180,14 +188,25 @@ class Contender:
         mirrored = torch.rand(count, 1, device=place) < 0.5
         columns = torch.where(mirrored, columns.flip(1), columns)
         which = torch.arange(count, device=place)[:, None, None]
-        images = padded[which, rows[:, :, None], columns[:, None, :]]
+        return self.normalise(padded[which, rows[:, :, None], columns[:, None, :]])
+
+    def normalise(self, images: torch.Tensor) -> torch.Tensor:
         return ((images.float() / 255 - self._mean) / self._std).permute(0, 3, 1, 2)
 
     def cross_entropy(self, images: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
         with self._autocast:
             return F.cross_entropy(self._network(images), labels)
 
+    def count(
+        self, images: torch.Tensor, labels: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Sum the loss and the errors of a batch."""
+        logits = self._network(self.normalise(images)).float()
+        return F.cross_entropy(logits, labels, reduction="sum"), (logits.argmax(1) != labels).sum()
+
     def loss(self) -> float:
+        if self._evaluates:
+            return self.evaluate()[0]
         # Load in place, because the compiled function refers to these tensors. It was compiled in
         # training mode, so the network stays in that mode.
         self._network.load(self._weights)
@@ -195,16 +214,49 @@ class Contender:
 
     def run(self, steps: int) -> None:
         for _ in range(steps):
-            if self._marks_steps:
-                torch.compiler.cudagraph_mark_step_begin()
-            start = self._steps_done % (len(self._order) // self._batch_size) * self._batch_size
-            indices = self._order[start : start + self._batch_size]
-            self._optimizer.zero_grad(set_to_none=True)
-            self._loss(self._prepare(self._images[indices]), self._labels[indices]).backward()
-            self._optimizer.step()
-            self._steps_done += 1
+            if self._evaluates:
+                self.evaluate()
+            else:
+                self._train_step()
+        self._wait()
+
+    def _train_step(self) -> None:
+        if self._marks_steps:
+            torch.compiler.cudagraph_mark_step_begin()
+        start = self._steps_done % (len(self._order) // self._batch_size) * self._batch_size
+        indices = self._order[start : start + self._batch_size]
+        self._optimizer.zero_grad(set_to_none=True)
+        self._loss(self._prepare(self._images[indices]), self._labels[indices]).backward()
+        self._optimizer.step()
+        self._steps_done += 1
+
+    @torch.inference_mode()
+    def evaluate(self) -> tuple[float, float]:
+        """Compute mean cross-entropy and error in percent over the split."""
+        loss, errors = torch.zeros((), device=self._place), torch.zeros((), device=self._place)
+        with self._autocast:  # once, because leaving it discards the weights it has cast
+            for start in range(0, len(self._labels), self._batch_size):
+                if self._marks_steps:
+                    torch.compiler.cudagraph_mark_step_begin()
+                batch = slice(start, start + self._batch_size)
+                batch_loss, batch_errors = self._count(self._images[batch], self._labels[batch])
+                loss += batch_loss
+                errors += batch_errors
+        count = len(self._labels)
+        return loss.item() / count, 100 * errors.item() / count
+
+    def _wait(self) -> None:
         if self.device == "gpu":
             torch.cuda.synchronize()
+
+    def make_matmul(self, size: int) -> Callable[[], None]:
+        matrix = torch.randn(size, size, dtype=self._dtype, device=self._place)
+
+        def multiply() -> None:
+            torch.matmul(matrix, matrix)
+            self._wait()
+
+        return multiply
 
     def peak_bytes(self) -> int:
         return torch.cuda.max_memory_allocated()

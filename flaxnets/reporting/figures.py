@@ -21,7 +21,7 @@ from matplotlib.figure import Figure
 from matplotlib.legend import Legend
 from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
-from matplotlib.ticker import FixedLocator, FuncFormatter, MaxNLocator, NullLocator
+from matplotlib.ticker import FixedLocator, FuncFormatter, LogLocator, MaxNLocator, NullLocator
 
 from flaxnets.files import write_atomic
 from flaxnets.reporting.tables import blocks, network_name
@@ -285,56 +285,61 @@ def label_ends(ax: Axes, labels: Sequence[tuple[float, float, str, str]]) -> Non
 
 
 def draw_benchmark(
-    rates: Mapping[str, Mapping[str, Sequence[float]]], path: Path, title: str
+    ratios: Mapping[str, Mapping[str, Sequence[float]]], path: Path, title: str
 ) -> None:
-    """Draw the throughput of each contender as a bar, grouped by model.
+    """Draw how fast we are relative to each contender, in a group of points per workload.
 
-    Bars are medians, and the thin lines on them span the slowest to the fastest round. All are
-    relative to the median of `torch`, or of `ours` if torch has not run for every model. Written to
-    `path`, whose suffix gives the format.
+    A point is the median over rounds, and the line through it spans the lowest to the highest
+    round. The scale is logarithmic, so that twice and half as fast are equally far from 1. Written
+    to `path`, a PNG, and as an SVG next to it.
 
     Args:
-      rates: model -> contender -> images per second in each round.
+      ratios: workload -> contender -> our images per second divided by its, in each round.
     """
-    baseline = "torch" if all("torch" in contenders for contenders in rates.values()) else "ours"
-    names = list(dict.fromkeys(name for contenders in rates.values() for name in contenders))
-    height = 0.8 / len(names)
-    bar_colours = [
-        colour for colour in COLOURS if colour != "#000000"
-    ]  # lines on the bars would vanish
-    figure = Figure(
-        figsize=(7.6, 1.3 + len(rates) * (0.3 + 0.22 * len(names))), layout="constrained"
-    )
+    names = list(dict.fromkeys(name for contenders in ratios.values() for name in contenders))
+    group_height = 0.2 + 0.2 * max(2, len(names))  # inches; labels may have two lines
+    figure = Figure(figsize=(7.6, 1.6 + len(ratios) * group_height), layout="constrained")
     ax = figure.subplots()
-    for group, contenders in enumerate(rates.values()):
-        unit = float(np.median(contenders[baseline]))
-        for i, name in enumerate(name for name in names if name in contenders):
-            relative = np.asarray(contenders[name]) / unit
-            middle, low, high = np.median(relative), relative.min(), relative.max()
-            y = group + (i - (len(contenders) - 1) / 2) * height
-            colour = bar_colours[names.index(name) % len(bar_colours)]
-            ax.barh(y, middle, 0.9 * height, color=colour)
-            ax.plot([low, high], [y, y], color="0.25", lw=0.8)
-            images = np.median(contenders[name])
+    for group, contenders in enumerate(ratios.values()):
+        for i, (name, rounds) in enumerate(contenders.items()):
+            y = group + (i - (len(contenders) - 1) / 2) * 0.2 / group_height
+            middle, low, high = np.median(rounds), min(rounds), max(rounds)
+            colour = COLOURS[names.index(name) % len(COLOURS)]
+            ax.plot([low, high], [y, y], color=colour, lw=1.4)
+            ax.plot(middle, y, "o", color=colour, ms=6)
             ax.annotate(
-                f"{middle:.2f}  ({images:,.0f}/s)",
-                (max(middle, high), y),
-                xytext=(4, 0),
+                f"{middle:.2f}",
+                (high, y),
+                xytext=(5, 0),
                 textcoords="offset points",
                 va="center",
+                color=colour,
                 fontsize="small",
+                fontweight="bold",
                 bbox={"facecolor": "white", "edgecolor": "none", "pad": 0.5},
             )
-    ax.axvline(1, color="0.4", lw=0.8, ls="--", zorder=0)
-    ax.set_yticks(range(len(rates)), list(rates))
-    ax.invert_yaxis()
+        if group:
+            ax.axhline(group - 0.5, color="0.9", lw=0.6)
+    _scale_speed(ax, [ratio for c in ratios.values() for rounds in c.values() for ratio in rounds])
+    ax.set_yticks(range(len(ratios)), list(ratios), fontsize="small")
+    ax.set_ylim(len(ratios) - 0.5, -0.5)
     ax.tick_params(axis="y", length=0)
     ax.spines[["top", "right"]].set_visible(False)
-    ax.margins(x=0.18)
-    ax.set_xlim(left=0)
-    ax.set_xlabel(f"images per second, relative to {baseline}")
-    bars = [
-        Patch(color=bar_colours[i % len(bar_colours)], label=name) for i, name in enumerate(names)
+    points: list[Artist] = [
+        Line2D([], [], color=COLOURS[i % len(COLOURS)], marker="o", label=name)
+        for i, name in enumerate(names)
     ]
-    figure.legend(handles=bars, loc="outside lower center", ncols=len(bars), frameon=False)
-    write_figure(figure, path, title)
+    points.append(Line2D([], [], color="0.3", lw=1.4, label="lowest to highest round"))
+    figure.legend(handles=points, loc="outside lower center", ncols=2, frameon=False)
+    write_png_and_svg(figure, path, title)
+
+
+def _scale_speed(ax: Axes, ratios: Sequence[float]) -> None:
+    """Set a logarithmic x-scale with a line at 1 and room for labels on the right."""
+    ax.set_xscale("log")
+    ax.set_xlim(min([0.5, *ratios]) / 1.1, max([2.0, *ratios]) * 1.3)
+    ax.xaxis.set_major_locator(LogLocator(subs=(1, 1.5, 2, 3, 5, 7)))
+    ax.xaxis.set_major_formatter(FuncFormatter(lambda ratio, _: f"{ratio:g}"))
+    ax.xaxis.set_minor_locator(NullLocator())
+    ax.axvline(1, color="0.4", lw=0.8, ls="--", zorder=0)
+    ax.set_xlabel("ours / it, ratio of images per second (above 1: ours is faster)")
