@@ -5,7 +5,7 @@ import math
 import time
 import warnings
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, closing
 from dataclasses import dataclass
 from functools import partial
@@ -45,8 +45,7 @@ from flaxnets.training.steps import (
 )
 
 EVAL_BATCH = 256
-# Steps in flight on the device: enough to keep it busy, few enough to stop quickly.
-IN_FLIGHT = 2
+SMALL_IMAGE = 32 * 32  # pixels
 STEPS_BETWEEN_AGREEMENTS = 10
 
 
@@ -128,11 +127,15 @@ class TrainSetup:
         train = replicate(dataset.train, mesh)
         if splits is None:
             splits = {"train": train, "test": dataset.test}
+        height, width, _ = dataset.preprocess.input_shape
+        small = height * width <= SMALL_IMAGE
+        lengths = [len(split.labels) for split in splits.values()]
+        batch_size = eval_batch(mesh, lengths if small else ())
 
         def evaluation(split: Split) -> Callable:
             on_devices = train if split is train else replicate(split, mesh)
             return lambda variables, stop: evaluate(
-                eval_step, variables, on_devices, eval_batch(mesh), stop
+                eval_step, variables, on_devices, batch_size, stop
             )
 
         return cls(
@@ -286,9 +289,28 @@ def evaluate_stream(
         return evaluate_batches(eval_step, variables, batches, stop)
 
 
-def eval_batch(mesh: Mesh) -> int:
-    """Return the batch size for evaluation, a multiple of the number of devices."""
-    return -(-EVAL_BATCH // mesh.size) * mesh.size
+def eval_batch(mesh: Mesh, lengths: Sequence[int] = ()) -> int:
+    """Return the batch size for evaluation, a multiple of the number of devices.
+
+    For splits of small images, of these `lengths`, it is the size from `EVAL_BATCH` to its double
+    that needs the least padding, and the largest of several such sizes.
+    """
+    unit = 8 * mesh.size
+    least = -(-EVAL_BATCH // unit) * unit
+    if not lengths:
+        return least
+    sizes = range(2 * least, least - 1, -unit)
+    return min(sizes, key=lambda size: sum(-(-length // size) * size for length in lengths))
+
+
+def steps_in_flight() -> int:
+    """Return how many steps to have in flight: enough to keep the device busy, few enough to stop
+    quickly.
+
+    On CPUs each one takes memory for its activations, 0.28 GB for cifar_resnet20 at batch 128, and
+    a second one saves no time.
+    """
+    return 1 if jax.default_backend() == "cpu" else 2
 
 
 class Progress(NamedTuple):
@@ -332,7 +354,7 @@ def train_run(
             return run.saved
         feed: Any = setup.feed(run.state.key, run.step)
         batches = stack.enter_context(closing(feed))
-        in_flight: deque[jax.Array] = deque()
+        in_flight, most = deque[jax.Array](), steps_in_flight()
         while True:
             if run.has_unmeasured_epoch():
                 if not run.end_epoch(stop, on_epoch):
@@ -344,7 +366,7 @@ def train_run(
             run.state, loss = setup.train_step(run.state, *next(batches))
             run.step += 1
             in_flight.append(loss)
-            if len(in_flight) > IN_FLIGHT:
+            if len(in_flight) > most:
                 in_flight.popleft().block_until_ready()
             on_progress(run.progress())
         return run.close()

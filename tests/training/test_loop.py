@@ -14,6 +14,7 @@ from flaxnets.training import (
     create_state,
     train_run,
 )
+from flaxnets.training.loop import eval_batch
 from flaxnets.training.result import METRICS, best_epoch
 from tests.helpers import stop_at
 
@@ -87,6 +88,14 @@ def test_a_saved_state_is_that_of_its_step(setup, assert_same_run, tmp_path):
     (tmp_path / "checkpoints" / "6").rename(tmp_path / "moved-away")
     train_run(setup, 0, tmp_path)
     assert_same_run(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("lengths", "size"),
+    [((), 256), ((1437, 360), 360), ((50_000, 10_000), 400), ((3,), 256), ((512,), 512)],
+)
+def test_the_batch_size_of_evaluation_needs_little_padding(lengths, size):
+    assert eval_batch(data_mesh(), lengths) == size
 
 
 def test_divergence_ends_the_run_with_a_record(digits, tmp_path):
