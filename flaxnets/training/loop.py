@@ -10,7 +10,7 @@ from contextlib import ExitStack, closing
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import flax.linen as nn
 import jax
@@ -76,11 +76,13 @@ class TrainSetup:
       feed: `feed(key, step)` yields, for each step from `step` on, the arguments of `train_step`
         after the state; `key` is the run's.
       train_step: `train_step(state, *fed) -> (state, loss)`.
-      splits: splits evaluated after every epoch: name -> `evaluate(variables, stop)`, which returns
+      splits: splits to evaluate: name -> `evaluate(variables, stop)`, which returns
         `(loss, error)`, or None if `stop()` became true. A split called `validation` decides which
         epoch is the best.
       patience: number of epochs without a lower validation error after which the run ends; None
         for no such limit.
+      evaluate_every: number of epochs from one evaluation to the next; the first and the last
+        epoch are always evaluated. 1 if there is a split called `validation`.
     """
 
     model: nn.Module
@@ -95,6 +97,11 @@ class TrainSetup:
     mesh: Mesh
     plateau: optax.GradientTransformationExtraArgs | None = None
     patience: int | None = None
+    evaluate_every: int = 1
+
+    def __post_init__(self) -> None:
+        if self.evaluate_every > 1 and "validation" in self.splits:
+            raise InputError("with a split called validation, every epoch must be evaluated")
 
     @classmethod
     def create(
@@ -108,6 +115,7 @@ class TrainSetup:
         optimizer: optax.GradientTransformation | None = None,
         frozen: bool = False,
         patience: int | None = None,
+        evaluate_every: int = 1,
     ) -> "TrainSetup":
         """Put `dataset` on the devices of `mesh` and make the steps that train `model` on it.
 
@@ -153,6 +161,7 @@ class TrainSetup:
             ),
             splits={name: evaluation(split) for name, split in splits.items()},
             patience=patience,
+            evaluate_every=evaluate_every,
         )
 
     @classmethod
@@ -170,6 +179,7 @@ class TrainSetup:
         optimizer: optax.GradientTransformation | None = None,
         frozen: bool = False,
         patience: int | None = None,
+        evaluate_every: int = 1,
         skip_unreadable: bool = False,
     ) -> "TrainSetup":
         """Make the steps that train `model` on pictures streamed from storage; see `create`.
@@ -225,6 +235,7 @@ class TrainSetup:
                 for name, source in splits.items()
             },
             patience=patience,
+            evaluate_every=evaluate_every,
         )
 
     @property
@@ -444,7 +455,7 @@ class _Run:
         """Return whether an epoch has just ended and is not in the rows yet."""
         total, per_epoch = self.setup.total_steps, self.setup.steps_per_epoch
         ends_epoch = self.step > 0 and (self.step % per_epoch == 0 or self.step == total)
-        return ends_epoch and (not self.rows or self.rows[-1]["step"] < self.step)
+        return ends_epoch and (not self.rows or self.rows[-1]["step"] != self.step)
 
     def end_epoch(
         self,
@@ -470,7 +481,8 @@ class _Run:
         elif self.step == setup.total_steps or _lost_patience(setup, self.rows):
             self.status = "finished"
         elif setup.plateau is not None:
-            opt_state = observe_plateau(setup.plateau, self.state.opt_state, row["validation_loss"])
+            loss: Any = row["validation_loss"]
+            opt_state = observe_plateau(setup.plateau, self.state.opt_state, loss)
             self.state = self.state.replace(opt_state=opt_state)
         if self.best is not None and best_epoch(self.rows) == len(self.rows) - 1:
             self.save(self.best)
@@ -599,12 +611,19 @@ def _measure_epoch(
         "running_train_loss": running.loss_sum.item() / running.examples.item(),
         "running_train_error": 100 * running.errors.item() / running.examples.item(),
     }
+    due = _must_evaluate(setup, step) or _diverged_step(state, row) is not None
     for name, evaluate_split in setup.splits.items():
-        measured = evaluate_split(state.variables, stop)
+        measured = evaluate_split(state.variables, stop) if due else (None, None)
         if measured is None:
             return None
         row[f"{name}_loss"], row[f"{name}_error"] = measured
     return row
+
+
+def _must_evaluate(setup: TrainSetup, step: int) -> bool:
+    """Return whether the epoch that ends at `step` is to be evaluated, diverged or not."""
+    epoch = -(-step // setup.steps_per_epoch)
+    return epoch == 1 or epoch % setup.evaluate_every == 0 or step == setup.total_steps
 
 
 def _diverged_step(state: TrainState, row: Row) -> int | None:
@@ -612,5 +631,6 @@ def _diverged_step(state: TrainState, row: Row) -> int | None:
     step = state.running.diverged_step.item()
     if step >= 0:
         return step
-    losses = [value for name, value in row.items() if name.endswith("train_loss")]
-    return None if all(map(math.isfinite, losses)) else int(row["step"])
+    losses = (value for name, value in row.items() if name.endswith("train_loss"))
+    finite = all(math.isfinite(loss) for loss in losses if loss is not None)
+    return None if finite else cast(int, row["step"])
