@@ -5,6 +5,7 @@ import numpy as np
 import pytest
 
 import flaxnets
+from flaxnets.errors import InputError
 from flaxnets.parallel import data_mesh
 from flaxnets.training import (
     RECIPES,
@@ -16,6 +17,7 @@ from flaxnets.training import (
 )
 from flaxnets.training.loop import eval_batch
 from flaxnets.training.result import METRICS, best_epoch
+from tests.factories import make_run_config
 from tests.helpers import stop_at
 
 
@@ -143,6 +145,52 @@ def test_a_diverged_run_stopped_before_it_was_found(setup, tmp_path):
     assert not seen
 
 
+EVALUATED = ("train_loss", "train_error", "test_loss", "test_error")
+
+
+def without_evaluation(row):
+    return {**row, **dict.fromkeys(EVALUATED, "")}
+
+
+def test_fewer_evaluations_leave_training_alone(setup, uninterrupted, assert_same_state, tmp_path):
+    """Epoch 2 of 3 is not evaluated, and everything else is the same, bit for bit."""
+    result = train_run(replace(setup, evaluate_every=3), 0, tmp_path)
+    assert_same_state(tmp_path)
+    first, second, third = metrics(uninterrupted[0])
+    assert metrics(tmp_path) == [first, without_evaluation(second), third]
+    assert result.final("test_error") == uninterrupted[1].final("test_error")
+    assert read_result(tmp_path) == result
+    assert [row["step"] for row in result.evaluated] == [11, 28]
+
+
+@pytest.mark.parametrize(("before", "after"), [(3, 1), (1, 3)])
+def test_a_run_is_resumed_with_other_evaluations(
+    setup, uninterrupted, assert_same_state, tmp_path, before, after
+):
+    for every, stop in ((before, stop_at(25)), (after, ())):
+        config = make_run_config(evaluate_every=every)
+        train_run(replace(setup, evaluate_every=every), 0, tmp_path, *stop, config=config)
+    assert_same_state(tmp_path)
+    first, second, third = metrics(uninterrupted[0])
+    second = without_evaluation(second) if before == 3 else second
+    assert metrics(tmp_path) == [first, second, third]
+    with Checkpoints(tmp_path, read_only=True) as checkpoints:
+        assert checkpoints.read_config().evaluate_every == after
+
+
+def test_the_epoch_of_a_divergence_is_evaluated(setup, tmp_path):
+    directory = with_nan(setup, tmp_path, 13)
+    result = train_run(replace(setup, evaluate_every=3), 0, directory)
+    assert (result.status, result.diverged_step, result.step) == ("diverged", 14, 22)
+    assert result.final("test_error") > 50
+
+
+def test_validation_is_for_every_epoch(setup):
+    splits = {"validation": setup.splits["test"], **setup.splits}
+    with pytest.raises(InputError, match="every epoch must be evaluated"):
+        replace(setup, splits=splits, evaluate_every=2)
+
+
 def test_the_best_epoch_is_the_first_of_the_lowest_error_and_never_one_with_nan():
     nan = float("nan")
 
@@ -157,3 +205,5 @@ def test_the_best_epoch_is_the_first_of_the_lowest_error_and_never_one_with_nan(
     assert best_epoch(rows([nan, 30.0, 0.0], [1.0, 1.0, nan])) == 1
     assert best_epoch(rows([nan], [nan])) is None
     assert best_epoch([{"test_error": 3.0}]) is None
+    # A stored record may be anything.
+    assert best_epoch([{"validation_error": None, "validation_loss": None}]) is None
