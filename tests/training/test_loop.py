@@ -167,9 +167,11 @@ def test_fewer_evaluations_leave_training_alone(setup, uninterrupted, assert_sam
 def test_a_run_is_resumed_with_other_evaluations(
     setup, uninterrupted, assert_same_state, tmp_path, before, after
 ):
-    for every, stop in ((before, stop_at(25)), (after, ())):
+    on_progress, stop = stop_at(25)
+    for every, must_stop in ((before, stop), (after, lambda: False)):
         config = make_run_config(evaluate_every=every)
-        train_run(replace(setup, evaluate_every=every), 0, tmp_path, *stop, config=config)
+        changed = replace(setup, evaluate_every=every)
+        train_run(changed, 0, tmp_path, on_progress, must_stop, config=config)
     assert_same_state(tmp_path)
     first, second, third = metrics(uninterrupted[0])
     second = without_evaluation(second) if before == 3 else second
