@@ -159,6 +159,7 @@ def parse_arguments(arguments: list[str] | None) -> Options:
             train_examples=args.train_examples,
             recipe=choose_recipe(args),
             precision=args.precision,
+            evaluate_every=args.evaluate_every,
         )
     if args.workers and args.workers > 1 and args.distributed is not None:
         raise InputError("--workers is for one process: with --distributed, leave it out")
@@ -223,6 +224,13 @@ def add_study_options(parser: ArgumentParser) -> None:
 def add_run_options(parser: ArgumentParser) -> None:
     """Add the options that do not change the results."""
     add = parser.add_argument
+    add(
+        "--evaluate-every",
+        default=1,
+        type=positive(int),
+        metavar="N",
+        help="evaluate every N epochs, and the first and the last (default: %(default)s)",
+    )
     add(
         "--checkpoint-every",
         default="60s",

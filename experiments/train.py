@@ -203,6 +203,7 @@ def parse_arguments(arguments: list[str] | None) -> Options | None:
         seed=args.seed,
         validation=args.validation,
         patience=args.patience,
+        evaluate_every=args.evaluate_every,
         init_from=args.init_from,
         freeze_backbone=args.freeze_backbone,
         precision=args.precision,
@@ -253,6 +254,13 @@ def add_options(parser: ArgumentParser) -> None:
     )
     add("--freeze-backbone", action="store_true", help="train only the classifier (head)")
     add("--precision", default="float32", help="float32 (default) or bfloat16")
+    add(
+        "--evaluate-every",
+        default=1,
+        type=positive(int),
+        metavar="N",
+        help="evaluate every N epochs, and the first and the last (%(default)s)",
+    )
     add("--stream", action="store_true", help="read the pictures again every epoch")
     add("--in-memory", action="store_true", help="read all pictures once and keep them in memory")
     add("--data-workers", type=int, default=0, metavar="N", help="reader processes (0: threads)")

@@ -72,6 +72,8 @@ class Study:
       train_examples: number of training images to use, always the same random ones; None for all.
       recipe: a recipe or its name; None for `digits` for the digits, otherwise `he2015-cifar`.
       precision: `float32` or `bfloat16`, the type of computations.
+      evaluate_every: number of epochs from one evaluation to the next; the first and the last epoch
+        are always evaluated. It does not change training.
 
     Raises:
       SettingError: a setting is invalid; the message says which values are valid.
@@ -89,6 +91,7 @@ class Study:
     train_examples: int | None = None
     recipe: Recipe | str | None = None
     precision: Precision = "float32"
+    evaluate_every: int = 1
 
     def __post_init__(self) -> None:
         try:
@@ -110,6 +113,10 @@ class Study:
             )
         if not isinstance(self.recipe, Recipe | str | None):
             raise InputError(f"recipe must be a Recipe or its name, not {self.recipe!r}")
+        if not isinstance(self.evaluate_every, int) or self.evaluate_every < 1:
+            raise InputError(
+                f"evaluate_every must be a number of epochs above 0, not {self.evaluate_every!r}"
+            )
 
     def _check_choices(self) -> None:
         check_choice("family", self.family, get_args(Family))
@@ -226,6 +233,7 @@ class Study:
             dataset=describe_dataset(self.dataset_name, dataset, len(dataset.train.labels)),
             augmentation=dataset.augmentation,
             recipe=self.chosen_recipe,
+            evaluate_every=self.evaluate_every,
         )
 
     def train(

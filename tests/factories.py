@@ -75,9 +75,14 @@ def make_run(
 ) -> Run:
     """Make a run with these training errors, an epoch each; `changes` are those of its config.
 
-    An epoch has `steps` steps.
+    An epoch has `steps` steps. Epochs that the config does not evaluate have no errors.
     """
     rows = make_rows(errors, steps)
+    every = changes.get("evaluate_every", 1)
+    missing: Row = dict.fromkeys(("train_loss", "train_error", "test_loss", "test_error"))
+    for epoch in range(2, len(rows)):
+        if epoch % every:
+            rows[epoch - 1] |= missing
     diverged_step = 17 if status == "diverged" else None
     result = RunResult(status, rows, steps * len(rows), 12.5, diverged_step)
     return Run(make_run_config(kind, depth, seed, **changes), result)

@@ -19,6 +19,7 @@ from rich.text import Text
 
 from flaxnets.text import duration, shorten
 from flaxnets.training.loop import Progress
+from flaxnets.training.result import is_evaluated
 
 
 def plain_console(quiet: bool = False) -> Console:
@@ -212,11 +213,13 @@ class RunProgress:
         epoch = min(self.step // self._per_epoch + 1, epochs)
         facts = "compiling" if self._first_step is None else f"epoch {epoch} of {epochs}"
         if self._rows:
-            row = self._rows[-1]
-            seen = "train" if "train_error" in row else "running_train"
             # In early epochs, a sound network's evaluation loss may be 1e5.
-            facts += f"  running loss {row['running_train_loss']:.3f}"
-            facts += f"  train error {row[f'{seen}_error']:.1f} %"
+            facts += f"  running loss {self._rows[-1]['running_train_loss']:.3f}"
+            # The errors are those of the last evaluated epoch.
+            row = next(filter(is_evaluated, reversed(self._rows)))
+            if "train_error" not in row:
+                row = {**row, "train_error": self._rows[-1]["running_train_error"]}
+            facts += f"  train error {row['train_error']:.1f} %"
             for split in ("validation", "test"):
                 if f"{split}_error" in row:
                     facts += f"  {split} error {row[f'{split}_error']:.1f} %"

@@ -164,9 +164,9 @@ class Construction:
             train_error_constructed=errors[1],
             train_error_from_scratch=deep.run.result.final("train_error"),
             status=continued.status,
-            continued=continued.rows,
+            continued=continued.evaluated,
             histories={
-                network.name: History.from_rows(network.run.result.rows)
+                network.name: History.from_rows(network.run.result.evaluated)
                 for network in (shallow, deep)
             },
         )
@@ -276,6 +276,7 @@ def continue_training(
     config = replace(
         deep.run.config,
         recipe=recipe,
+        evaluate_every=setup.evaluate_every,
         total_steps=setup.total_steps,
         init_from=InitFrom(shallow.name, f"step {shallow.restored.step}, {images} images"),
     )

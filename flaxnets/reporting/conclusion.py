@@ -97,9 +97,9 @@ def count_seeds(networks: Sequence[NetworkResults]) -> str:
 def last_movement(run: Run) -> float:
     """Return the points that training error moved over the last quarter of a run.
 
-    It is NaN if the run has no row from before that quarter.
+    It is NaN if the run has no evaluated epoch from before that quarter.
     """
-    rows = run.result.rows
+    rows = run.result.evaluated
     quarter = 0.75 * run.result.step
     before = [row["train_error"] for row in rows if row["step"] <= quarter][-1:]
     last = [row["train_error"] for row in rows if row["step"] > quarter] + before

@@ -34,8 +34,9 @@ class RunErrors:
 
 
 def list_errors(run: Run) -> RunErrors:
-    """List the errors of a run that has rows. As in `degradation.png`, its first row is epoch 1."""
-    rows = run.result.rows
+    """List the errors of a run that has rows, in the evaluated epochs. As in `degradation.png`, its
+    first row is epoch 1."""
+    rows = run.result.evaluated
     first = rows[0]["step"] if rows[0]["step"] > 0 else 1.0
     epoch = (round(row["step"] / first, 4) if row["step"] > 0 else 0 for row in rows)
     errors = ([row[f"{metric}_error"] for row in rows] for metric in METRICS)

@@ -139,7 +139,7 @@ def _list_errors(networks: Sequence[NetworkResults]) -> list[float]:
         row[metric]
         for network in networks
         for run in network.runs
-        for row in run.result.rows
+        for row in run.result.evaluated
         for metric in ("train_error", "test_error")
     ]
 
@@ -181,7 +181,8 @@ def _name_networks(networks: Sequence[NetworkResults], colours: Mapping[int, str
 def draw_run(rows: Sequence[Mapping[str, Any]], path: Path, title: str) -> None:
     """Draw the errors of one run against epoch: training images solid, other images dashed.
 
-    `rows` are those of `metrics.csv`. Written to `path`, a PNG, and as an SVG next to it.
+    `rows` are those of `metrics.csv`; epochs without a value are left out. Written
+    to `path`, a PNG, and as an SVG next to it.
     """
     figure = Figure(figsize=(6.4, 4.2), layout="constrained")
     ax = figure.subplots()
@@ -191,9 +192,10 @@ def draw_run(rows: Sequence[Mapping[str, Any]], path: Path, title: str) -> None:
         metric = f"{name.replace(' ', '_')}_error"
         if metric in rows[0]:
             style = STYLES["training error" if "train" in name else "test error"]
-            errors = [row[metric] for row in rows]
+            pairs = zip(epochs, (row[metric] for row in rows), strict=True)
+            x, errors = zip(*(pair for pair in pairs if pair[1] is not None), strict=True)
             label = "training (augmented)" if name == "running train" else name
-            ax.plot(epochs, errors, color=colour, label=f"{label}: {errors[-1]:.2f} %", **style)
+            ax.plot(x, errors, color=colour, label=f"{label}: {errors[-1]:.2f} %", **style)
     ax.set_ylim(bottom=0)
     ax.set_xlim(left=0)
     ax.set_xlabel("epoch")
@@ -207,7 +209,7 @@ def _draw_network(
     ax: Axes, network: NetworkResults, colour: str
 ) -> tuple[float, float, str, str] | None:
     """Draw both curves; return the end of the training curve, its label and colour."""
-    runs = [run for run in network.runs if run.result.rows]
+    runs = [run for run in network.runs if run.result.evaluated]
     if not runs:
         return None
     for metric, style in zip(("train_error", "test_error"), STYLES.values(), strict=True):
@@ -224,14 +226,20 @@ def _draw_network(
 
 
 def _curves(runs: Sequence[Run], metric: str) -> tuple[list[float], np.ndarray]:
-    """Return epochs and each run's metric `(runs, epochs)`, NaN after a run's last row."""
-    longest = max((run.result.rows for run in runs), key=len)
-    curves = np.full((len(runs), len(longest)), np.nan)
-    for curve, run in zip(curves, runs, strict=True):
-        curve[: len(run.result.rows)] = [row[metric] for row in run.result.rows]
+    """Return epochs and each run's metric `(runs, epochs)`, NaN after a run's last row.
+
+    An epoch is left out if a run that went on after it was not evaluated there: a mean over the
+    other runs would jump.
+    """
+    measured = [{row["step"]: row[metric] for row in run.result.evaluated} for run in runs]
+    steps = sorted(
+        step
+        for step in set().union(*measured)
+        if all(step in values or step > max(values) for values in measured)
+    )
+    curves = np.array([[values.get(step, np.nan) for step in steps] for values in measured], float)
     # The last epoch may be incomplete.
-    per_epoch = longest[0]["step"]
-    return [row["step"] / per_epoch for row in longest], curves
+    return [step / steps[0] for step in steps], curves
 
 
 def label_ends(ax: Axes, labels: Sequence[tuple[float, float, str, str]]) -> None:

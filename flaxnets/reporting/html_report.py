@@ -170,7 +170,10 @@ def _readable(run: Run) -> Run:
     def number(value: Any) -> float:
         return float(value) if abs(value) < 1e15 else math.nan
 
-    rows = [{name: number(value) for name, value in row.items()} for row in run.result.rows]
+    rows = [
+        {name: None if value is None else number(value) for name, value in row.items()}
+        for row in run.result.rows
+    ]
     step, seconds = min(run.result.step, 10**15), number(run.result.seconds)
     return replace(run, result=replace(run.result, rows=rows, step=step, seconds=seconds))
 

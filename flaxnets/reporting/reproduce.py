@@ -11,6 +11,7 @@ from dataclasses import fields
 from typing import Any
 
 from flaxnets.training import RECIPES, Recipe, RunConfig
+from flaxnets.training.config import comparable
 from flaxnets.training.environment import Environment
 
 # A config does not say whether a run used all training images, so their number is listed here.
@@ -27,7 +28,7 @@ def reproduce(
     if not configs:
         return [], ["There is no run yet to reconstruct the command from."]
     study = configs[0].study
-    if any(config.study != study for config in configs):
+    if any(comparable(config.study) != comparable(study) for config in configs):
         return [], ["The runs differ in more than the grid, so no command makes them all."]
     name, recipe = study.dataset.name, study.recipe.name
     if not study.dataset.can_be_opened or recipe not in RECIPES:
@@ -42,6 +43,7 @@ def reproduce(
         "train-examples": (study.dataset.train_examples, TRAINING_IMAGES.get(name)),
         "recipe": (recipe, "digits" if name == "digits" else "he2015-cifar"),
         "precision": (study.precision, "float32"),
+        "evaluate-every": (study.evaluate_every, 1),
     }
     shared = [
         part

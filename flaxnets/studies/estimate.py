@@ -15,6 +15,7 @@ from flaxnets.studies.grid import Plan, PlannedNetwork
 from flaxnets.studies.results import Run
 from flaxnets.training.loop import TrainSetup
 from flaxnets.training.recipes import Recipe
+from flaxnets.training.result import count_evaluations
 from flaxnets.training.steps import create_state
 
 # Approximate speed-up from concurrent runs on a CPU; measured: 1.3 to 1.5.
@@ -48,8 +49,9 @@ def estimate_study(plan: Plan, stored: list[Run], workers: int) -> float:
         updates = max(steps - done.get(config.key, 0), 0)
         left[planned] = left.get(planned, 0) + updates
     probes = measure_probes(plan)
-    epochs = steps / (data.train_examples // recipe.batch_size)
-    evaluated = epochs * (data.train_examples + data.test_examples)
+    epochs = -(-steps // (data.train_examples // recipe.batch_size))
+    evaluations = count_evaluations(epochs, plan.config.evaluate_every)
+    evaluated = evaluations * (data.train_examples + data.test_examples)
     # An evaluated image costs a forward pass, a trained one three.
     evaluation = 1 + evaluated / 3 / recipe.batch_size / steps
     seconds = sum(

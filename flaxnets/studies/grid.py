@@ -265,7 +265,12 @@ class _GridTraining:
                 recipe.batch_size,
             )
             setup = setup or TrainSetup.create(
-                planned.model, planned.depth, recipe, self.plan.dataset, self.mesh
+                planned.model,
+                planned.depth,
+                recipe,
+                self.plan.dataset,
+                self.mesh,
+                evaluate_every=config.evaluate_every,
             )
             result = train_run(
                 setup,

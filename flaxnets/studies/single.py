@@ -48,6 +48,7 @@ class RunSettings:
       dataset: `digits`, a prepared TFDS data set or `folder:PATH`.
       validation: number of training images to hold out; None for a tenth where they are needed.
       patience: epochs without a lower validation error after which the run ends, or None.
+      evaluate_every: number of epochs from one evaluation to the next.
       init_from: run directory or PyTorch file with initial weights, or None.
       freeze_backbone: train only the classifier.
       storage: see `flaxnets.data.open_dataset`.
@@ -61,6 +62,7 @@ class RunSettings:
     seed: int = 0
     validation: int | None = None
     patience: int | None = None
+    evaluate_every: int = 1
     init_from: Path | None = None
     freeze_backbone: bool = False
     precision: Precision = "float32"
@@ -109,6 +111,12 @@ def plan_run(
     validates = recipe.schedule == "plateau" or settings.patience is not None
     data = split_off_validation(dataset, settings.validation, validates)
     num_train = len(data.train_rows)
+    if settings.evaluate_every > 1 and len(data.validation_rows):
+        raise InputError(
+            f"--evaluate-every {settings.evaluate_every} is for runs without validation images, "
+            "whose error decides after every epoch; leave out --evaluate-every, or --validation, "
+            "--patience and a plateau schedule"
+        )
     check_batch_size(recipe.batch_size, num_train)
     if not 0 < recipe.total_steps(num_train) < 2**31:
         raise InputError("--epochs and --steps: a run must have 1 to 2147483647 updates")
@@ -138,6 +146,7 @@ def plan_run(
         recipe=recipe,
         freeze_backbone=settings.freeze_backbone,
         patience=settings.patience,
+        evaluate_every=settings.evaluate_every,
         total_steps=recipe.total_steps(num_train),
         init_from=None if start is None else start.origin,
     )
@@ -207,6 +216,7 @@ def make_setup(run: PlannedRun, data_workers: int = 0, skip_unreadable: bool = F
         "optimizer": choose_optimizer(config),
         "frozen": config.freeze_backbone,
         "patience": config.patience,
+        "evaluate_every": config.evaluate_every,
     }
     if isinstance(dataset, StreamedDataset):
         splits: dict[str, Any] = {"test": dataset.test}

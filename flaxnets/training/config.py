@@ -112,10 +112,11 @@ class InitFrom:
 
 @dataclass(frozen=True, kw_only=True)
 class StudyConfig:
-    """Every setting that affects the results of a study, apart from its grid.
+    """The settings of a study, apart from its grid.
 
     Attributes:
       family, shortcut, stem: how depth becomes a network; None for a run outside a study.
+      evaluate_every: number of epochs from one evaluation to the next. It changes no result.
     """
 
     family: Family | None = None
@@ -125,6 +126,7 @@ class StudyConfig:
     dataset: DatasetConfig
     augmentation: Augmentation
     recipe: Recipe
+    evaluate_every: Positive = 1
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -197,10 +199,12 @@ def upgrade(value: object) -> object:
 def comparable(config: StudyConfig) -> dict[str, Any]:
     """Return the part of a config, as JSON data, that must match for a run to be resumed.
 
+    Evaluation leaves training alone, so a run may be resumed with another `evaluate_every`.
     A folder of pictures, or the weights that a run started from, may have moved: their sha256
     identifies them.
     """
     value = encode(config)
+    del value["evaluate_every"]
     if config.dataset.is_folder:
         del value["dataset"]["name"], value["dataset"]["path"]
     if isinstance(config, RunConfig):

@@ -5,12 +5,12 @@ import math
 import time
 import warnings
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, closing
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import flax.linen as nn
 import jax
@@ -45,8 +45,7 @@ from flaxnets.training.steps import (
 )
 
 EVAL_BATCH = 256
-# Steps in flight on the device: enough to keep it busy, few enough to stop quickly.
-IN_FLIGHT = 2
+SMALL_IMAGE = 32 * 32  # pixels
 STEPS_BETWEEN_AGREEMENTS = 10
 
 
@@ -77,11 +76,13 @@ class TrainSetup:
       feed: `feed(key, step)` yields, for each step from `step` on, the arguments of `train_step`
         after the state; `key` is the run's.
       train_step: `train_step(state, *fed) -> (state, loss)`.
-      splits: splits evaluated after every epoch: name -> `evaluate(variables, stop)`, which returns
+      splits: splits to evaluate: name -> `evaluate(variables, stop)`, which returns
         `(loss, error)`, or None if `stop()` became true. A split called `validation` decides which
         epoch is the best.
       patience: number of epochs without a lower validation error after which the run ends; None
         for no such limit.
+      evaluate_every: number of epochs from one evaluation to the next; the first and the last
+        epoch are always evaluated. 1 if there is a split called `validation`.
     """
 
     model: nn.Module
@@ -96,6 +97,11 @@ class TrainSetup:
     mesh: Mesh
     plateau: optax.GradientTransformationExtraArgs | None = None
     patience: int | None = None
+    evaluate_every: int = 1
+
+    def __post_init__(self) -> None:
+        if self.evaluate_every > 1 and "validation" in self.splits:
+            raise InputError("with a split called validation, every epoch must be evaluated")
 
     @classmethod
     def create(
@@ -109,6 +115,7 @@ class TrainSetup:
         optimizer: optax.GradientTransformation | None = None,
         frozen: bool = False,
         patience: int | None = None,
+        evaluate_every: int = 1,
     ) -> "TrainSetup":
         """Put `dataset` on the devices of `mesh` and make the steps that train `model` on it.
 
@@ -128,11 +135,15 @@ class TrainSetup:
         train = replicate(dataset.train, mesh)
         if splits is None:
             splits = {"train": train, "test": dataset.test}
+        height, width, _ = dataset.preprocess.input_shape
+        small = height * width <= SMALL_IMAGE
+        lengths = [len(split.labels) for split in splits.values()]
+        batch_size = eval_batch(mesh, lengths if small else ())
 
         def evaluation(split: Split) -> Callable:
             on_devices = train if split is train else replicate(split, mesh)
             return lambda variables, stop: evaluate(
-                eval_step, variables, on_devices, eval_batch(mesh), stop
+                eval_step, variables, on_devices, batch_size, stop
             )
 
         return cls(
@@ -150,6 +161,7 @@ class TrainSetup:
             ),
             splits={name: evaluation(split) for name, split in splits.items()},
             patience=patience,
+            evaluate_every=evaluate_every,
         )
 
     @classmethod
@@ -167,6 +179,7 @@ class TrainSetup:
         optimizer: optax.GradientTransformation | None = None,
         frozen: bool = False,
         patience: int | None = None,
+        evaluate_every: int = 1,
         skip_unreadable: bool = False,
     ) -> "TrainSetup":
         """Make the steps that train `model` on pictures streamed from storage; see `create`.
@@ -222,6 +235,7 @@ class TrainSetup:
                 for name, source in splits.items()
             },
             patience=patience,
+            evaluate_every=evaluate_every,
         )
 
     @property
@@ -286,9 +300,28 @@ def evaluate_stream(
         return evaluate_batches(eval_step, variables, batches, stop)
 
 
-def eval_batch(mesh: Mesh) -> int:
-    """Return the batch size for evaluation, a multiple of the number of devices."""
-    return -(-EVAL_BATCH // mesh.size) * mesh.size
+def eval_batch(mesh: Mesh, lengths: Sequence[int] = ()) -> int:
+    """Return the batch size for evaluation, a multiple of the number of devices.
+
+    For splits of small images, of these `lengths`, it is the size from `EVAL_BATCH` to its double
+    that needs the least padding, and the largest of several such sizes.
+    """
+    unit = 8 * mesh.size
+    least = -(-EVAL_BATCH // unit) * unit
+    if not lengths:
+        return least
+    sizes = range(2 * least, least - 1, -unit)
+    return min(sizes, key=lambda size: sum(-(-length // size) * size for length in lengths))
+
+
+def steps_in_flight() -> int:
+    """Return how many steps to have in flight: enough to keep the device busy, few enough to stop
+    quickly.
+
+    On CPUs each one takes memory for its activations, 0.28 GB for cifar_resnet20 at batch 128, and
+    a second one saves no time.
+    """
+    return 1 if jax.default_backend() == "cpu" else 2
 
 
 class Progress(NamedTuple):
@@ -332,7 +365,7 @@ def train_run(
             return run.saved
         feed: Any = setup.feed(run.state.key, run.step)
         batches = stack.enter_context(closing(feed))
-        in_flight: deque[jax.Array] = deque()
+        in_flight, most = deque[jax.Array](), steps_in_flight()
         while True:
             if run.has_unmeasured_epoch():
                 if not run.end_epoch(stop, on_epoch):
@@ -344,7 +377,7 @@ def train_run(
             run.state, loss = setup.train_step(run.state, *next(batches))
             run.step += 1
             in_flight.append(loss)
-            if len(in_flight) > IN_FLIGHT:
+            if len(in_flight) > most:
                 in_flight.popleft().block_until_ready()
             on_progress(run.progress())
         return run.close()
@@ -422,7 +455,7 @@ class _Run:
         """Return whether an epoch has just ended and is not in the rows yet."""
         total, per_epoch = self.setup.total_steps, self.setup.steps_per_epoch
         ends_epoch = self.step > 0 and (self.step % per_epoch == 0 or self.step == total)
-        return ends_epoch and (not self.rows or self.rows[-1]["step"] < self.step)
+        return ends_epoch and (not self.rows or self.rows[-1]["step"] != self.step)
 
     def end_epoch(
         self,
@@ -448,7 +481,8 @@ class _Run:
         elif self.step == setup.total_steps or _lost_patience(setup, self.rows):
             self.status = "finished"
         elif setup.plateau is not None:
-            opt_state = observe_plateau(setup.plateau, self.state.opt_state, row["validation_loss"])
+            loss: Any = row["validation_loss"]
+            opt_state = observe_plateau(setup.plateau, self.state.opt_state, loss)
             self.state = self.state.replace(opt_state=opt_state)
         if self.best is not None and best_epoch(self.rows) == len(self.rows) - 1:
             self.save(self.best)
@@ -577,12 +611,19 @@ def _measure_epoch(
         "running_train_loss": running.loss_sum.item() / running.examples.item(),
         "running_train_error": 100 * running.errors.item() / running.examples.item(),
     }
+    due = _must_evaluate(setup, step) or _diverged_step(state, row) is not None
     for name, evaluate_split in setup.splits.items():
-        measured = evaluate_split(state.variables, stop)
+        measured = evaluate_split(state.variables, stop) if due else (None, None)
         if measured is None:
             return None
         row[f"{name}_loss"], row[f"{name}_error"] = measured
     return row
+
+
+def _must_evaluate(setup: TrainSetup, step: int) -> bool:
+    """Return whether the epoch that ends at `step` is to be evaluated, diverged or not."""
+    epoch = -(-step // setup.steps_per_epoch)
+    return epoch == 1 or epoch % setup.evaluate_every == 0 or step == setup.total_steps
 
 
 def _diverged_step(state: TrainState, row: Row) -> int | None:
@@ -590,5 +631,6 @@ def _diverged_step(state: TrainState, row: Row) -> int | None:
     step = state.running.diverged_step.item()
     if step >= 0:
         return step
-    losses = [value for name, value in row.items() if name.endswith("train_loss")]
-    return None if all(map(math.isfinite, losses)) else int(row["step"])
+    losses = (value for name, value in row.items() if name.endswith("train_loss"))
+    finite = all(math.isfinite(loss) for loss in losses if loss is not None)
+    return None if finite else cast(int, row["step"])

@@ -1,5 +1,6 @@
 """Train state, train step and evaluation: pure functions, jitted and sharded."""
 
+import math
 from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from typing import Any
@@ -8,6 +9,7 @@ import flax.linen as nn
 import flax.struct
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from jax.sharding import Mesh
 
@@ -15,6 +17,10 @@ from flaxnets.data.batches import Augmentation, Batch, Preprocess, batch_indices
 from flaxnets.data.datasets import Split
 from flaxnets.models.stacking import is_scanned, stack_blocks, unscanned
 from flaxnets.parallel import replicate, replicated, split_batch
+
+# Batches that one call evaluates on an accelerator: enough to hide the time it takes to dispatch
+# the call, few enough to stop quickly.
+BATCHES_A_CALL = 16
 
 
 class RunningMetrics(flax.struct.PyTreeNode):
@@ -234,36 +240,57 @@ def count_errors(logits: jax.Array, labels: jax.Array) -> jax.Array:
 
 def make_eval_step(
     model: nn.Module, preprocess: Preprocess, mesh: Mesh
-) -> Callable[[dict, Batch, jax.Array], tuple[jax.Array, jax.Array]]:
+) -> Callable[[dict, Batch, Any], tuple[jax.Array, jax.Array]]:
     """Make the jitted `eval_step(variables, batch, weights) -> (loss_sum, errors)`.
 
     The network is in evaluation mode. `weights` `(batch,)` is 1 for examples and 0 for padding.
+    If `weights` is `(batches, batch)` and the arrays of `batch` have the same leading axes, the
+    batches are evaluated in turn, up to the last one with an example, and both results have the
+    shape `(batches,)`.
     """
 
-    @partial(jax.jit, out_shardings=replicated(mesh))
-    def eval_step(variables: dict, batch: Batch, weights: jax.Array):
+    def measure(variables: dict, batch: Batch, weights: jax.Array):
         batch, weights = jax.lax.with_sharding_constraint((batch, weights), split_batch(mesh))
         logits: Any = model.apply(variables, preprocess.normalise(batch.images), train=False)
         losses = cross_entropy(logits, batch.labels)
         errors = count_errors(logits, batch.labels)
         return jnp.where(weights, losses, 0).sum(), jnp.where(weights, errors, 0).sum()
 
+    @partial(jax.jit, out_shardings=replicated(mesh))
+    def eval_step(variables: dict, batch: Batch, weights: jax.Array):
+        if weights.ndim == 1:
+            return measure(variables, batch, weights)
+
+        def measure_one(i: jax.Array, sums: Any):
+            one = jax.tree.map(lambda array: array[i], (batch, weights))
+            return jax.tree.map(lambda x, new: x.at[i].set(new), sums, measure(variables, *one))
+
+        first = jax.tree.map(lambda array: array[0], (batch, weights))
+        sums = jax.tree.map(
+            lambda x: jnp.zeros(len(weights), x.dtype), jax.eval_shape(measure, variables, *first)
+        )
+        used = jnp.max(jnp.where(weights.any(axis=1), jnp.arange(1, len(weights) + 1), 0))
+        return jax.lax.fori_loop(0, used, measure_one, sums)
+
     return eval_step
 
 
-@partial(jax.jit, static_argnames="batch_size")
-def _padded_batch(split: Split, start: jax.Array, batch_size: int) -> tuple[Batch, jax.Array]:
-    indices = start + jnp.arange(batch_size)
-    counts = indices < len(split.labels)
+@partial(jax.jit, static_argnames="shape")
+def _padded_batch(split: Split, start: jax.Array, shape: tuple[int, ...]) -> Batch:
+    indices = start + jnp.arange(math.prod(shape)).reshape(shape)
     indices = jnp.minimum(indices, len(split.labels) - 1)
-    return Batch(split.images[indices], split.labels[indices]), counts
+    return Batch(split.images[indices], split.labels[indices])
 
 
-def padded_batches(split: Split, batch_size: int) -> Iterator[tuple[Batch, jax.Array]]:
-    """Yield a split on the devices in order: batches, and masks of the examples that count."""
+def padded_batches(split: Split, shape: tuple[int, ...]) -> Iterator[tuple[Batch, np.ndarray]]:
+    """Yield a split on the devices in order: batches, and masks of the examples that count.
+
+    `shape` is `(batch,)`, or `(batches, batch)` for several batches at a time.
+    """
     # Slice here, not in `eval_step`, which then compiles once for splits of every size.
-    for start in range(0, len(split.labels), batch_size):
-        yield _padded_batch(split, start, batch_size)
+    for start in range(0, len(split.labels), math.prod(shape)):
+        counts = np.arange(start, start + math.prod(shape)) < len(split.labels)
+        yield _padded_batch(split, start, shape), counts.reshape(shape)
 
 
 def evaluate(
@@ -277,13 +304,16 @@ def evaluate(
 
     Returns None if `stop()` became true before the end.
     """
-    return evaluate_batches(eval_step, variables, padded_batches(split, batch_size), stop)
+    # In a loop, convolutions are more than ten times slower on CPUs.
+    on_cpus = jax.default_backend() == "cpu"
+    shape = (batch_size,) if on_cpus else (BATCHES_A_CALL, batch_size)
+    return evaluate_batches(eval_step, variables, padded_batches(split, shape), stop)
 
 
 def evaluate_batches(
     eval_step: Callable,
     variables: dict,
-    batches: Iterable[tuple[Batch, Any]],
+    batches: Iterable[tuple[Batch, np.ndarray]],
     stop: Callable[[], bool] = lambda: False,
 ) -> tuple[float, float] | None:
     """Evaluate batches, given with the weights of their examples; see `evaluate`."""
@@ -291,8 +321,11 @@ def evaluate_batches(
     for batch, weights in batches:
         if stop():
             return None
-        totals.append((*eval_step(variables, batch, weights), weights.sum()))
+        totals.append(eval_step(variables, batch, weights))
+        count += int(weights.sum())
         jax.block_until_ready(totals[-2:-1])  # keeps `stop` responsive
-    losses, errors, counts = zip(*jax.device_get(totals), strict=True)
-    count = int(sum(counts))
-    return float(sum(losses)) / count, 100 * int(sum(errors)) / count
+    losses, errors = (
+        np.concatenate([np.atleast_1d(sums) for sums in each])
+        for each in zip(*jax.device_get(totals), strict=True)
+    )
+    return float(losses.sum(dtype=np.float64)) / count, 100 * int(errors.sum()) / count

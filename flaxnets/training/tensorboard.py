@@ -34,7 +34,7 @@ def open_tensorboard(directory: Path) -> Iterator[Callable[[list[dict[str, Any]]
                 if row["step"] <= written:
                     continue
                 for name, value in row.items():
-                    if name not in ("epoch", "step"):
+                    if name not in ("epoch", "step") and value is not None:
                         writer.add_scalar(name, value, row["step"])
                 written = row["step"]
 

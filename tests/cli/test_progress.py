@@ -6,6 +6,7 @@ from flaxnets.cli import progress as progress_module
 from flaxnets.cli.progress import CheckProgress, StudyProgress, plain_console
 from flaxnets.text import duration
 from flaxnets.training import Progress
+from tests.factories import make_run
 
 pytestmark = pytest.mark.unit
 
@@ -44,6 +45,18 @@ def test_the_loss_that_is_shown_is_that_of_training(monkeypatch):
     row = {"running_train_loss": 2.302, "train_loss": 356263.46, "train_error": 90.0}
     run.update(Progress(10, 0.0, [{**row, "test_error": 89.0}]))
     assert run.facts() == "epoch 2 of 2  running loss 2.302  train error 90.0 %  test error 89.0 %"
+
+
+def test_the_errors_that_are_shown_are_those_of_the_last_evaluation():
+    progress = StudyProgress(plain_console(quiet=True), 0, 1, 1.0)
+    run = progress.start_run("plain-8", 1.0, total_steps=40, steps_per_epoch=10, batch=8)
+    rows = make_run("plain", 8, 0, evaluate_every=4).result.rows[:3]
+    run.update(Progress(30, 0.0, rows))
+    assert run.facts() == "epoch 4 of 4  running loss 0.500  train error 80.0 %  test error 85.0 %"
+    # Without a training split, the training error is the running one, which every epoch has.
+    rows = [{k: v for k, v in row.items() if not k.startswith("train")} for row in rows]
+    run.update(Progress(30, 0.0, rows))
+    assert run.facts() == "epoch 4 of 4  running loss 0.500  train error 0.5 %  test error 85.0 %"
 
 
 def test_long_checks_of_pictures_are_reported(

@@ -70,5 +70,5 @@ assert len(state.params["conv1"]["kernel"].sharding.device_set) == jax.device_co
 if is_primary():
     leaves = jax.tree_util.tree_flatten_with_path(state.replace(key=None))[0]
     arrays: dict[str, Any] = {jax.tree_util.keystr(path): np.asarray(leaf) for path, leaf in leaves}
-    losses = [[row["train_loss"], row["test_loss"]] for row in result.rows]
+    losses = [[row["train_loss"], row["test_loss"]] for row in result.evaluated]
     np.savez(directory / "state.npz", losses=losses, **arrays)

@@ -128,6 +128,7 @@ BAD_INPUT = [
     ("--depths 8 --epochs 0", "not a whole number above 0"),
     ("--depths 8 --epochs 1.5", "not a whole number above 0"),
     ("--depths 8 --epochs nan", "not a whole number above 0"),
+    ("--depths 8 --evaluate-every 0", "not a whole number above 0"),
     ("--depths 8 --learning-rate 0", "not a number above 0"),
     ("--depths 8 --learning-rate -0.1", "not a number above 0"),
     ("--depths 8 --learning-rate nan", "not a number above 0"),
@@ -459,6 +460,34 @@ def test_dry_run_knows_what_is_finished(study, command, monkeypatch):
         "2 runs of 22 updates, 1 of them not finished; about 0:41 here, "
         "judging by a few steps of small networks"
     )
+
+
+def test_dry_run_knows_how_often_runs_are_evaluated(command, monkeypatch):
+    monkeypatch.setattr(estimate, "measure", lambda _, depth, work, *__: Probe(depth, work, 0, 1.0))
+    arguments = ["--depths", "8", "--kinds", "plain", "--epochs", "10", "--dry-run"]
+    # 110 steps, and after each of the evaluated epochs the time of 4.68.
+    for every, seconds in ((1, "2:37"), (4, "2:09"), (99, "1:59")):
+        _, out, _ = command(*arguments, "--evaluate-every", str(every))
+        assert f"; about {seconds} here" in out
+
+
+def test_evaluation_of_some_epochs(command, tmp_path):
+    """A study grows and is finished with other numbers than it was begun with."""
+    arguments = ["--depths", "8", "--kinds", "my_nets:tiny", "--epochs", "4", "--out", "out"]
+    assert command(*arguments, "--evaluate-every", "3")[0] == 0
+    assert command(*arguments, "--seeds", "0,1")[0] == 0
+
+    def read(seed):
+        with (tmp_path / f"out/my_nets:tiny-8/seed-{seed}/metrics.csv").open() as file:
+            return list(csv.DictReader(file))
+
+    assert [row["train_error"] != "" for row in read(0)] == [True, False, True, True]
+    assert all(row["running_train_error"] for row in read(0))
+    assert all(row["train_error"] for row in read(1))
+    assert summary(tmp_path / "out")[0]["train_error"] == read(0)[-1]["train_error"]
+    # Training is the same.
+    assert command(*arguments[:-1], "every", "--seeds", "0")[0] == 0
+    assert summary(tmp_path / "every")[0]["test_loss"] == read(0)[-1]["test_loss"]
 
 
 def test_divergence_does_not_end_the_study(command, tmp_path):

@@ -22,7 +22,7 @@ from flaxnets.cli.main import run_command
 from flaxnets.decoding import decode, encode
 from flaxnets.errors import DamageWarning, InputError
 from flaxnets.reporting import html_report
-from flaxnets.reporting.conclusion import conclude
+from flaxnets.reporting.conclusion import conclude, last_movement
 from flaxnets.reporting.error_panels import SCALES, draw_panel, list_errors
 from flaxnets.reporting.findings import Table
 from flaxnets.reporting.html_report import (
@@ -557,6 +557,7 @@ def configs_of(degradation, arguments, data_dir):
         "--depths 18 --family imagenet --shortcut B --stem small --precision bfloat16",
         "--depths 8 --train-examples 500 --recipe modern-cifar",
         "--depths 8 --epochs 2 --recipe he2015-cifar",
+        "--depths 8 --evaluate-every 5",
     ],
 )
 def test_the_command_makes_the_same_study(degradation, data_dir, command):
@@ -588,6 +589,20 @@ def test_a_study_that_has_grown_takes_several_commands(configs):
         "--depths 8",
         "--depths 14 --kinds residual --seeds 0,1",
     ]
+
+
+def test_runs_that_were_evaluated_at_other_epochs_are_still_one_study(configs):
+    (command,), _ = reproduce([configs[0], replace(configs[1], evaluate_every=4)])
+    assert command == "python experiments/degradation.py --depths 8"
+
+
+def test_a_report_of_runs_that_were_not_evaluated_in_every_epoch():
+    runs = [make_run(kind, 8, 0, evaluate_every=3) for kind in ("plain", "residual")]
+    page = make_report(runs)
+    assert "19.50" in page
+    assert list_errors(runs[0]).train == (80.0, 20.0, 19.5)
+    assert list_errors(runs[0]).epoch == (1.0, 3.0, 4.0)
+    assert last_movement(runs[0]) == pytest.approx(0.5)
 
 
 def test_what_no_option_gives_is_said_in_words(configs):

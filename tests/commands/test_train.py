@@ -469,6 +469,19 @@ def test_recipes_are_listed(command):
         ("--model cifar_resnet8 --epochs 0", "--epochs and --steps"),
         ("--model cifar_resnet8 --batch-size 2000", "more than the 1437 training images"),
         ("--model cifar_resnet8 --validation 1437", "there are 1437 training images"),
+        ("--model cifar_resnet8 --evaluate-every 0", "not a whole number above 0"),
+        (
+            "--model cifar_resnet8 --evaluate-every 2 --validation 9",
+            "--evaluate-every 2 is for runs without validation images",
+        ),
+        (
+            "--model cifar_resnet8 --evaluate-every 2 --patience 3",
+            "--evaluate-every 2 is for runs without validation images",
+        ),
+        (
+            "--model cifar_resnet8 --evaluate-every 2 --schedule plateau",
+            "--evaluate-every 2 is for runs without validation images",
+        ),
         ("--model cifar_resnet8 --freeze-backbone", "--freeze-backbone needs --init-from"),
         ("--model cifar_resnet8 --init-from nowhere", "there is no such run directory or file"),
         ("--model cifar_resnet8 --stream --in-memory", "exclude each other"),

@@ -73,3 +73,32 @@ def test_dollars_and_underscores_in_names_are_no_formulas(tmp_path):
     draw_run(networks[0].runs[0].result.rows, tmp_path / "errors.png", "$x^{$")
     for name in ("figure.png", "errors.png"):
         assert (tmp_path / name).read_bytes().startswith(b"\x89PNG")
+
+
+def test_epochs_without_evaluation_are_left_out(tmp_path, monkeypatch):
+    """A run evaluated in every epoch, and one in the first, the third and the last of four."""
+    runs = [make_run("plain", 8, 0, evaluate_every=3), make_run("plain", 8, 1)]
+    for members in (runs[:1], runs):
+        ax = draw_errors(group_runs(members)).axes[0]
+        for line, shift in zip(ax.lines, (0, 5), strict=False):
+            np.testing.assert_array_equal(line.get_xdata(), [1, 3, 4])
+            np.testing.assert_array_equal(line.get_ydata(), [80 + shift, 20 + shift, 19.5 + shift])
+    drawn = []
+    monkeypatch.setattr(figures, "write_png_and_svg", lambda figure, *_: drawn.append(figure))
+    draw_run(runs[0].result.rows, tmp_path / "errors.png", "title")
+    points = {
+        line.get_label().partition(":")[0]: list(line.get_xdata())
+        for line in drawn[0].axes[0].lines
+    }
+    assert points == {
+        "training (augmented)": [1, 2, 3, 4],
+        "train": [1, 3, 4],
+        "test": [1, 3, 4],
+    }
+
+
+def test_a_run_that_ended_early_does_not_hide_later_epochs():
+    runs = [make_run("plain", 8, 0, "diverged", (80.0, 90.0)), make_run("plain", 8, 1)]
+    ax = draw_errors(group_runs(runs)).axes[0]
+    np.testing.assert_array_equal(ax.lines[0].get_xdata(), [1, 2, 3, 4])
+    np.testing.assert_array_equal(ax.lines[0].get_ydata(), [80, 65, 20, 19.5])

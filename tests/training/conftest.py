@@ -28,9 +28,8 @@ def uninterrupted(setup, tmp_path_factory):
 
 
 @pytest.fixture(scope="session")
-def assert_same_run(setup, uninterrupted):
-    """Assert that a run has ended bit for bit as the uninterrupted one: the whole state, and
-    `metrics.csv` but for the seconds."""
+def assert_same_state(setup, uninterrupted):
+    """Assert that a run has ended bit for bit with the state of the uninterrupted one."""
 
     def final_state(directory):
         state = create_state(setup.model, setup.optimizer, 0, setup.image_shape, setup.mesh)
@@ -38,14 +37,25 @@ def assert_same_run(setup, uninterrupted):
             state = checkpoints.restore(state)
         return jax.tree.map(np.asarray, state.replace(key=jax.random.key_data(state.key)))
 
+    expected = final_state(uninterrupted[0])
+
+    def assert_same_state(directory):
+        jax.tree.map(np.testing.assert_array_equal, final_state(directory), expected)
+
+    return assert_same_state
+
+
+@pytest.fixture(scope="session")
+def assert_same_run(uninterrupted, assert_same_state):
+    """Assert that a run has ended bit for bit as the uninterrupted one: the whole state, and
+    `metrics.csv` but for the seconds."""
+
     def metrics(directory):
         rows = (directory / "metrics.csv").read_text().splitlines()
         return [row.rpartition(",")[0] for row in rows]
 
-    expected = final_state(uninterrupted[0])
-
     def assert_same_run(directory):
         assert metrics(directory) == metrics(uninterrupted[0])
-        jax.tree.map(np.testing.assert_array_equal, final_state(directory), expected)
+        assert_same_state(directory)
 
     return assert_same_run

@@ -123,6 +123,16 @@ def test_a_folder_and_initial_weights_may_move():
     assert difference.startswith("dataset.sha256 is ")
 
 
+def test_how_often_a_run_is_evaluated_is_recorded_and_not_compared():
+    often, seldom = make_run_config(), make_run_config(evaluate_every=5)
+    stored = encode(seldom)
+    assert read_config(stored).evaluate_every == 5
+    assert comparable(often) == comparable(seldom)
+    assert comparable(often.study) == comparable(seldom.study)
+    del stored["evaluate_every"]  # of an earlier version
+    assert read_config(stored) == often
+
+
 def test_the_depth_of_a_named_network_is_not_compared():
     """Early runs have 0 where the name contains no number."""
     model = ModelConfig(10, "vgg_residual")

@@ -5,6 +5,7 @@ import numpy as np
 import pytest
 
 import flaxnets
+from flaxnets.errors import InputError
 from flaxnets.parallel import data_mesh
 from flaxnets.training import (
     RECIPES,
@@ -14,7 +15,9 @@ from flaxnets.training import (
     create_state,
     train_run,
 )
+from flaxnets.training.loop import eval_batch
 from flaxnets.training.result import METRICS, best_epoch
+from tests.factories import make_run_config
 from tests.helpers import stop_at
 
 
@@ -89,6 +92,14 @@ def test_a_saved_state_is_that_of_its_step(setup, assert_same_run, tmp_path):
     assert_same_run(tmp_path)
 
 
+@pytest.mark.parametrize(
+    ("lengths", "size"),
+    [((), 256), ((1437, 360), 360), ((50_000, 10_000), 400), ((3,), 256), ((512,), 512)],
+)
+def test_the_batch_size_of_evaluation_needs_little_padding(lengths, size):
+    assert eval_batch(data_mesh(), lengths) == size
+
+
 def test_divergence_ends_the_run_with_a_record(digits, tmp_path):
     recipe = replace(RECIPES["digits"], learning_rate=1e30)
     model = flaxnets.create_model("cifar_resnet8", num_classes=10)
@@ -134,6 +145,54 @@ def test_a_diverged_run_stopped_before_it_was_found(setup, tmp_path):
     assert not seen
 
 
+EVALUATED = ("train_loss", "train_error", "test_loss", "test_error")
+
+
+def without_evaluation(row):
+    return {**row, **dict.fromkeys(EVALUATED, "")}
+
+
+def test_fewer_evaluations_leave_training_alone(setup, uninterrupted, assert_same_state, tmp_path):
+    """Epoch 2 of 3 is not evaluated, and everything else is the same, bit for bit."""
+    result = train_run(replace(setup, evaluate_every=3), 0, tmp_path)
+    assert_same_state(tmp_path)
+    first, second, third = metrics(uninterrupted[0])
+    assert metrics(tmp_path) == [first, without_evaluation(second), third]
+    assert result.final("test_error") == uninterrupted[1].final("test_error")
+    assert read_result(tmp_path) == result
+    assert [row["step"] for row in result.evaluated] == [11, 28]
+
+
+@pytest.mark.parametrize(("before", "after"), [(3, 1), (1, 3)])
+def test_a_run_is_resumed_with_other_evaluations(
+    setup, uninterrupted, assert_same_state, tmp_path, before, after
+):
+    on_progress, stop = stop_at(25)
+    for every, must_stop in ((before, stop), (after, lambda: False)):
+        config = make_run_config(evaluate_every=every)
+        changed = replace(setup, evaluate_every=every)
+        train_run(changed, 0, tmp_path, on_progress, must_stop, config=config)
+    assert_same_state(tmp_path)
+    first, second, third = metrics(uninterrupted[0])
+    second = without_evaluation(second) if before == 3 else second
+    assert metrics(tmp_path) == [first, second, third]
+    with Checkpoints(tmp_path, read_only=True) as checkpoints:
+        assert checkpoints.read_config().evaluate_every == after
+
+
+def test_the_epoch_of_a_divergence_is_evaluated(setup, tmp_path):
+    directory = with_nan(setup, tmp_path, 13)
+    result = train_run(replace(setup, evaluate_every=3), 0, directory)
+    assert (result.status, result.diverged_step, result.step) == ("diverged", 14, 22)
+    assert result.final("test_error") > 50
+
+
+def test_validation_is_for_every_epoch(setup):
+    splits = {"validation": setup.splits["test"], **setup.splits}
+    with pytest.raises(InputError, match="every epoch must be evaluated"):
+        replace(setup, splits=splits, evaluate_every=2)
+
+
 def test_the_best_epoch_is_the_first_of_the_lowest_error_and_never_one_with_nan():
     nan = float("nan")
 
@@ -148,3 +207,5 @@ def test_the_best_epoch_is_the_first_of_the_lowest_error_and_never_one_with_nan(
     assert best_epoch(rows([nan, 30.0, 0.0], [1.0, 1.0, nan])) == 1
     assert best_epoch(rows([nan], [nan])) is None
     assert best_epoch([{"test_error": 3.0}]) is None
+    # A stored record may be anything.
+    assert best_epoch([{"validation_error": None, "validation_loss": None}]) is None

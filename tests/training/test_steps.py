@@ -95,6 +95,41 @@ def test_evaluation_of_a_part_is_of_that_part(trained: Trained, digits):
     assert first * 90 + second * 270 == pytest.approx(whole * 360)
 
 
+def test_an_accelerator_evaluates_several_batches_in_a_call(trained: Trained, digits, monkeypatch):
+    """Two calls of up to 16 batches: the second has two whole batches and none after them."""
+    expected = evaluate(trained.eval_step, trained.state.variables, digits.test, 20)
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    calls = []
+
+    def eval_step(variables, batch, weights):
+        calls.append(trained.eval_step(variables, batch, weights))
+        return calls[-1]
+
+    measured = evaluate(eval_step, trained.state.variables, digits.test, 20)
+    assert expected is not None
+    assert measured is not None
+    assert measured[1] == expected[1]
+    np.testing.assert_allclose(measured[0], expected[0], rtol=1e-6)
+    assert [losses.shape for losses, _ in calls] == [(16,), (16,)]
+    np.testing.assert_array_equal(calls[1][0] > 0, np.arange(16) < 2)
+    # `stop` is honoured between two calls.
+    stop = lambda: len(calls) > 2  # noqa: E731
+    assert evaluate(eval_step, trained.state.variables, digits.test, 20, stop) is None
+    assert len(calls) == 3
+
+
+def test_evaluation_compiles_once_for_splits_of_every_size(trained: Trained, digits):
+    eval_step: Any = trained.eval_step
+
+    def compiled(split):
+        evaluate(eval_step, trained.state.variables, replicate(split, data_mesh()), 300)
+        return eval_step._cache_size()
+
+    first = compiled(digits.train)
+    assert compiled(digits.test) == first
+    assert compiled(Split(*(array[:7] for array in digits.test))) == first
+
+
 def test_nan_in_any_kernel_gives_a_loss_that_is_not_finite(trained: Trained):
     _, train_step, _, state, train, order = trained
     flat: Any = flatten_dict(state.params)
