@@ -2,6 +2,7 @@
 
 import statistics
 import time
+from collections import deque
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -16,6 +17,7 @@ from flaxnets.data import Augmentation, Preprocess, Split, epoch_order
 from flaxnets.models.cost import count_cost
 from flaxnets.parallel import data_mesh, replicate
 from flaxnets.training import create_state, evaluate, make_eval_step, make_train_step
+from flaxnets.training.loop import steps_in_flight
 from flaxnets.training.steps import cross_entropy, init_variables
 
 
@@ -111,8 +113,12 @@ class Contender:
             for _ in range(steps):
                 self.evaluate()
             return
+        in_flight, most = deque[jax.Array](), steps_in_flight()
         for _ in range(steps):
-            self._state, _ = self._step(self._state, self._split, self._order)
+            self._state, loss = self._step(self._state, self._split, self._order)
+            in_flight.append(loss)
+            if len(in_flight) > most:  # as in `train_run`
+                in_flight.popleft().block_until_ready()
         jax.block_until_ready(self._state)
 
     def peak_bytes(self) -> int:
