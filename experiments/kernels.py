@@ -1,8 +1,8 @@
 """Compiling a train step for a GPU that this machine does not have, and counting its kernels.
 
-XLA's plugin for CUDA compiles without a GPU or a driver if it is given a description of one. What
-it emits is what an H100 would run, except that nothing is timed: without autotuning, neither cuDNN's
-choice of algorithms (and their own auxiliary kernels) nor any time is known.
+XLA's plugin for CUDA compiles without a GPU or a driver if it is given a description of one. It
+emits what an H100 would run, but without a GPU there is no autotuning: neither cuDNN's choice of
+algorithms (with auxiliary kernels of their own) nor any time is known.
 """
 
 import importlib.metadata

@@ -29,22 +29,24 @@ def share_conversions(params: Any, dtype: Any) -> Any:
 
     XLA transposes them and casts them to `dtype`, that of the computation.
     """
-    # Without a cast, XLA would move the factor behind the reversal of the kernel for the gradient
-    # of the input, and do both once more.
-    return jax.tree.map(
-        lambda new, old: (
-            lax.optimization_barrier(new) if new is not old and old.dtype == dtype else new
-        ),
-        _share_transposes(params),
-        params,
-    )
+    one = _opaque_one()
+
+    def convert(leaf: jax.Array) -> jax.Array:
+        # Without a cast, XLA would move the factor behind the reversal of the kernel for the
+        # gradient of the input, and do both once more.
+        scaled = _scale(leaf, one)
+        return lax.optimization_barrier(scaled) if leaf.dtype == dtype else scaled
+
+    return jax.tree.map(lambda leaf: convert(leaf) if leaf.ndim == 4 else leaf, params)
 
 
 def share_updates(gradients: Any) -> tuple[Any, jax.Array]:
     """Return `gradients`, so that arrays of one shape are updated together, and whether all of them
     are finite.
     """
-    leaves, tree = jax.tree.flatten(_share_transposes(gradients))
+    leaves, tree = jax.tree.flatten(gradients)
+    one = _opaque_one()
+    leaves = [_scale(leaf, one) if leaf.ndim == 4 else leaf for leaf in leaves]
     finite = []
     for group in _groups(leaves):
         # No update can start before all gradients are there. Otherwise XLA copies the parameters
@@ -58,7 +60,7 @@ def share_updates(gradients: Any) -> tuple[Any, jax.Array]:
             leaves[i] = flat[start:end].reshape(leaves[i].shape)
             start = end
     one = _opaque_one(*finite)
-    leaves = [leaf * one.astype(leaf.dtype) for leaf in leaves]
+    leaves = [_scale(leaf, one) for leaf in leaves]
     return jax.tree.unflatten(tree, leaves), jnp.stack(finite).all()
 
 
@@ -67,12 +69,8 @@ def _opaque_one(*after: jax.Array) -> jax.Array:
     return lax.optimization_barrier((jnp.ones(2), *after))[0][0]
 
 
-def _share_transposes(tree: Any) -> Any:
-    """Multiply the convolution kernels in `tree` by a shared 1; other leaves stay as they are."""
-    one = _opaque_one()
-    return jax.tree.map(
-        lambda leaf: leaf * one.astype(leaf.dtype) if leaf.ndim == 4 else leaf, tree
-    )
+def _scale(leaf: jax.Array, one: jax.Array) -> jax.Array:
+    return leaf * one.astype(leaf.dtype)
 
 
 def _groups(leaves: list[jax.Array]) -> list[list[int]]:
