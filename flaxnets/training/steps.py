@@ -17,6 +17,7 @@ from flaxnets.data.batches import Augmentation, Batch, Preprocess, batch_indices
 from flaxnets.data.datasets import Split
 from flaxnets.models.stacking import is_scanned, stack_blocks, unscanned
 from flaxnets.parallel import replicate, replicated, split_batch
+from flaxnets.training.gpu_kernels import is_on_gpu, share_conversions, share_updates
 
 # Batches that one call evaluates on an accelerator: enough to hide the time it takes to dispatch
 # the call, few enough to stop quickly.
@@ -130,7 +131,9 @@ def make_train_step(
     batch split over the devices. `state` is donated. `loss` is the batch's mean cross-entropy.
     With `frozen`, BatchNorm uses its running statistics without updating them, as in evaluation.
     """
-    update = _make_update(model, optimizer, preprocess, augmentation, label_smoothing, frozen)
+    update = _make_update(
+        model, optimizer, preprocess, augmentation, label_smoothing, frozen, is_on_gpu(mesh)
+    )
 
     @partial(jax.jit, donate_argnums=0, out_shardings=replicated(mesh))
     def train_step(state: TrainState, split: Split, order: jax.Array):
@@ -153,7 +156,9 @@ def make_stream_step(
     frozen: bool = False,
 ) -> Step:
     """Make `train_step(state, batch)` for streamed batches; see `make_train_step`."""
-    update = _make_update(model, optimizer, preprocess, augmentation, label_smoothing, frozen)
+    update = _make_update(
+        model, optimizer, preprocess, augmentation, label_smoothing, frozen, is_on_gpu(mesh)
+    )
 
     @partial(jax.jit, donate_argnums=0, out_shardings=replicated(mesh))
     def train_step(state: TrainState, batch: Batch):
@@ -170,6 +175,7 @@ def _make_update(
     augmentation: Augmentation | None,
     label_smoothing: float,
     frozen: bool,
+    on_gpu: bool,
 ) -> Callable[[TrainState, Batch, int], tuple[TrainState, jax.Array]]:
     def update(state: TrainState, batch: Batch, steps_per_epoch: int):
         images, labels = batch
@@ -197,12 +203,19 @@ def _make_update(
                 objective = (1 - label_smoothing) * loss + label_smoothing * spread
             return objective, (loss, logits, updates.get("batch_stats", state.batch_stats))
 
-        gradients, (loss, logits, batch_stats) = jax.grad(loss_fn, has_aux=True)(state.params)
+        params = state.params
+        if on_gpu:
+            params = share_conversions(params, getattr(model, "dtype", jnp.float32))
+        gradients, (loss, logits, batch_stats) = jax.grad(loss_fn, has_aux=True)(params)
+        if on_gpu:
+            gradients, finite = share_updates(gradients)
+        else:
+            finite = all_finite(gradients)
         updates, opt_state = optimizer.update(gradients, state.opt_state, state.params)
 
         running = state.running
         keep = state.step % steps_per_epoch != 0  # reset at an epoch's first step
-        finite = jnp.isfinite(loss) & all_finite(gradients)
+        finite &= jnp.isfinite(loss)
         first_divergence = (running.diverged_step < 0) & ~finite
         batch_size = len(labels)
         running = RunningMetrics(

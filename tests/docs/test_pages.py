@@ -19,7 +19,10 @@ from tests.pages import TEXTS
 ROOT = Path(__file__).parents[2]
 DOCS = ROOT / "docs"
 FLAG = re.compile(r"(?<![\w-])--[a-z][a-z-]*(?!\w)")
-COMMANDS = ("degradation", "train", "evaluate", "predict", "diagnostics", "report", "show")
+COMMANDS = (
+    *("degradation", "train", "evaluate", "predict", "diagnostics", "report", "show"),
+    "count_kernels",
+)
 # Options of pip.
 OTHERS = {"--upgrade", "--group"}
 
