@@ -21,7 +21,7 @@ DOCS = ROOT / "docs"
 FLAG = re.compile(r"(?<![\w-])--[a-z][a-z-]*(?!\w)")
 COMMANDS = (
     *("degradation", "train", "evaluate", "predict", "diagnostics", "report", "show"),
-    "count_kernels",
+    *("benchmark", "count_kernels"),
 )
 # Options of pip.
 OTHERS = {"--upgrade", "--group"}
