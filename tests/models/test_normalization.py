@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from flaxnets.models.layers import relu
-from flaxnets.models.normalization import BatchNorm, normalize
+from flaxnets.models.normalization import BatchNorm, _sum_apart, _sum_together, normalize
 
 OURS = partial(BatchNorm, momentum=0.9, epsilon=1e-5)
 FLAX = partial(nn.BatchNorm, momentum=0.9, epsilon=1e-5)
@@ -141,3 +141,14 @@ def test_the_rectifiers_gradient():
     np.testing.assert_array_equal(y, [0, 0, 2, jnp.nan])
     np.testing.assert_array_equal(pullback(jnp.ones(4))[0], [0, 0, 1, 1])
     np.testing.assert_array_equal(jax.jvp(relu, (x,), (2 * jnp.ones(4),))[1], [0, 0, 2, 2])
+
+
+def test_sums_in_one_pass_on_accelerators():
+    x = jax.random.normal(jax.random.key(0), (6, 5, 4, 3)) + 1
+    for together, apart in zip(_sum_together(x), _sum_apart(x), strict=True):
+        np.testing.assert_allclose(together, apart, rtol=1e-5)
+    scale = jnp.ones(3)
+    traced = jax.jit(lambda x: normalize(x, scale, scale, 1e-5)).trace(x)
+    for platform, reductions in (("cpu", 2), ("cuda", 1), ("tpu", 1)):
+        text = traced.lower(lowering_platforms=(platform,)).as_text()
+        assert text.count("stablehlo.reduce") == reductions, platform
