@@ -59,7 +59,13 @@ def conv_general_dilated(x: jax.Array, kernel: jax.Array, strides: Any, padding:
     if ordinary:
         return lax.conv_general_dilated(x, kernel, strides, padding, **kw)
     (top, bottom), (left, right) = padding
-    return conv_p.bind(x, kernel, strides=tuple(strides), padding=((top, bottom), (left, right)))
+    settings: Any = {"strides": tuple(strides), "padding": ((top, bottom), (left, right))}
+    shape = lax.conv_general_shape_tuple(
+        x.shape, kernel.shape, *settings.values(), dimension_numbers=DIMENSIONS
+    )
+    if min(top, bottom, left, right) < 0 or 0 in shape:  # oneDNN would end the process
+        return lax.conv_general_dilated(x, kernel, strides, padding, **kw)
+    return conv_p.bind(x, kernel, **settings)
 
 
 def check_onednn() -> None:

@@ -120,6 +120,23 @@ def test_bfloat16_is_as_exact_as_the_ordinary_convolution(shape):
 
 
 @needs_onednn
+@pytest.mark.parametrize(
+    ("size", "filters", "padding"),
+    [
+        (9, 4, ((-1, -1), (-1, -1))),
+        (9, 4, ((2, -1), (0, 0))),
+        (2, 4, ((0, 0), (0, 0))),  # no window fits
+        (9, 0, ((1, 1), (1, 1))),
+    ],
+)
+def test_what_onednn_refuses_is_ordinary(size, filters, padding):
+    x, kernel = random(2, size, size, 3), random(3, 3, 3, filters)
+    settings = {"strides": (1, 1), "padding": padding}
+    jaxpr = jax.make_jaxpr(lambda: conv_general_dilated(x, kernel, **settings, **KEYWORDS))()
+    assert "conv_general_dilated" in str(jaxpr)  # to run oneDNN would end the process
+
+
+@needs_onednn
 def test_strided_input_gradients_are_matrix_products():
     """XLA stretches the gradient first, which takes fifty times as long on 2x2 maps."""
     x, kernel, settings = operands(SHAPES[1])
