@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 from flaxnets.studies.results import NetworkResults, Run, curves
 
@@ -109,5 +110,6 @@ def last_movement(run: Run) -> float:
     inside = max(last, default=0.0) - min(last, default=0.0)
     longer = [*last, before[0]["train_error"]]
     movement = max(longer) - min(longer)
-    later = [row["step"] for row in run.result.rows if before[0]["step"] < row["step"] <= quarter]
+    steps: Any = (row["step"] for row in run.result.rows)
+    later = any(before[0]["step"] < step <= quarter for step in steps)
     return math.nan if later and inside < 1 <= movement else movement
