@@ -123,16 +123,17 @@ def test_bfloat16_is_as_exact_as_the_ordinary_convolution(shape):
 @pytest.mark.parametrize("size", [2, 9])
 def test_an_empty_result_is_ordinary(size):
     """No window fits, or there are no filters. oneDNN would end the process."""
-    x, kernel = random(2, size, size, 3), random(3, 3, 3, 4 if size == 2 else 0)
-    settings = {"strides": (1, 1), "padding": ((0, 0), (0, 0))}
-    jaxpr = jax.make_jaxpr(lambda: conv_general_dilated(x, kernel, **settings, **KEYWORDS))()
+    x = jnp.asarray(random(2, size, size, 3))
+    kernel = jnp.asarray(random(3, 3, 3, 4 if size == 2 else 0))
+    conv = partial(conv_general_dilated, strides=(1, 1), padding=((0, 0), (0, 0)), **KEYWORDS)
+    jaxpr = jax.make_jaxpr(conv)(x, kernel)
     assert "conv_general_dilated" in str(jaxpr)
 
 
 @needs_onednn
 def test_negative_padding_cuts_pixels_off():
     """The custom call has no padding below zero: it would end the process."""
-    x, kernel = random(2, 9, 9, 3), random(3, 3, 3, 4)
+    x, kernel = jnp.asarray(random(2, 9, 9, 3)), jnp.asarray(random(3, 3, 3, 4))
     padding, strides = ((-1, 2), (0, -2)), (2, 2)
     conv = partial(conv_general_dilated, strides=strides, padding=padding, **KEYWORDS)
     paddings = [eqn.params["padding"] for eqn in jax.make_jaxpr(conv)(x, kernel).eqns[-1:]]
