@@ -60,12 +60,20 @@ def conv_general_dilated(x: jax.Array, kernel: jax.Array, strides: Any, padding:
         or kw["precision"] is not None
         or not (x.ndim == 4 and x.dtype == kernel.dtype)
         or not (x.dtype == jnp.float32 or (x.dtype == jnp.bfloat16 and has_bfloat16()))
-        or 0 in x.shape
     )
     if ordinary:
         return lax.conv_general_dilated(x, kernel, strides, padding, **kw)
-    (top, bottom), (left, right) = padding
-    return conv_p.bind(x, kernel, strides=tuple(strides), padding=((top, bottom), (left, right)))
+    # Negative padding is cut off first: oneDNN refuses it, and XLA's results are wrong.
+    cropped = [(0, 0, 0), *((min(a, 0), min(b, 0), 0) for a, b in padding), (0, 0, 0)]
+    x = lax.pad(x, x.dtype.type(0), cropped) if np.any(cropped) else x
+    (top, bottom), (left, right) = ((max(a, 0), max(b, 0)) for a, b in padding)
+    settings: Any = {"strides": tuple(strides), "padding": ((top, bottom), (left, right))}
+    shape = lax.conv_general_shape_tuple(
+        x.shape, kernel.shape, *settings.values(), dimension_numbers=DIMENSIONS
+    )
+    if 0 in x.shape or 0 in shape:  # oneDNN would end the process
+        return lax.conv_general_dilated(x, kernel, *settings.values(), **kw)
+    return conv_p.bind(x, kernel, **settings)
 
 
 def check_onednn() -> None:

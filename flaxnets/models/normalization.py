@@ -51,7 +51,8 @@ class BatchNorm(nn.Module):
             y, batch_mean, batch_var = normalize(x, scale, bias, self.epsilon)
             if not self.is_initializing():
                 for running, new in ((mean, batch_mean), (var, batch_var)):
-                    running.value = self.momentum * running.value + (1 - self.momentum) * new
+                    updated = self.momentum * running.value + (1 - self.momentum) * new
+                    running.value = updated.astype(statistics_dtype)
         return y.astype(self.dtype)
 
 

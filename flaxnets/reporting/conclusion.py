@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 from flaxnets.studies.results import NetworkResults, Run, curves
 
@@ -97,10 +98,18 @@ def count_seeds(networks: Sequence[NetworkResults]) -> str:
 def last_movement(run: Run) -> float:
     """Return the points that training error moved over the last quarter of a run.
 
-    It is NaN if the run has no evaluated epoch from before that quarter.
+    It is NaN if the epochs that were evaluated do not tell: there is none from before that quarter,
+    or the error may have moved by a point before it began.
     """
     rows = run.result.evaluated
     quarter = 0.75 * run.result.step
-    before = [row["train_error"] for row in rows if row["step"] <= quarter][-1:]
-    last = [row["train_error"] for row in rows if row["step"] > quarter] + before
-    return max(last) - min(last) if before else math.nan
+    before = [row for row in rows if row["step"] <= quarter][-1:]
+    last = [row["train_error"] for row in rows if row["step"] > quarter]
+    if not before:
+        return math.nan
+    inside = max(last, default=0.0) - min(last, default=0.0)
+    longer = [*last, before[0]["train_error"]]
+    movement = max(longer) - min(longer)
+    steps: Any = (row["step"] for row in run.result.rows)
+    later = any(before[0]["step"] < step <= quarter for step in steps)
+    return math.nan if later and inside < 1 <= movement else movement

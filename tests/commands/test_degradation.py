@@ -598,6 +598,23 @@ class TestConclusion:
         assert "Too few epochs to tell" in text
         assert "too few depths" in text
 
+    @pytest.mark.parametrize(
+        ("errors", "begins"),
+        [
+            ((66.0, 0, 0, 0, 0, 0, 0, 13.0), "Too few epochs to tell"),
+            ((13.5, 0, 0, 0, 0, 0, 0, 13.0), "Converged"),
+        ],
+    )
+    def test_an_earlier_move_is_not_the_last_quarters(self, errors, begins):
+        """Only the first and the last epoch were evaluated."""
+        text = self.of(make_run("plain", 18, 0, errors=errors, evaluate_every=9))
+        assert f". {begins}" in text
+
+    def test_a_move_within_the_last_quarter_counts(self):
+        errors = (66.0, 0, 20.0, 0, 0, 19.0, 0, 0, 16.0, 13.0)
+        text = self.of(make_run("plain", 18, 0, errors=errors, evaluate_every=3))
+        assert ". Not converged" in text
+
 
 @pytest.mark.parametrize(("depth", "scanned"), [(110, False), (112, True)])
 def test_programs_of_very_deep_networks_do_not_grow(digits, depth, scanned):

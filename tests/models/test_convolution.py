@@ -120,6 +120,29 @@ def test_bfloat16_is_as_exact_as_the_ordinary_convolution(shape):
 
 
 @needs_onednn
+@pytest.mark.parametrize("size", [2, 9])
+def test_an_empty_result_is_ordinary(size):
+    """No window fits, or there are no filters. oneDNN would end the process."""
+    x = jnp.asarray(random(2, size, size, 3))
+    kernel = jnp.asarray(random(3, 3, 3, 4 if size == 2 else 0))
+    conv = partial(conv_general_dilated, strides=(1, 1), padding=((0, 0), (0, 0)), **KEYWORDS)
+    jaxpr = jax.make_jaxpr(conv)(x, kernel)
+    assert "conv_general_dilated" in str(jaxpr)
+
+
+@needs_onednn
+def test_negative_padding_cuts_pixels_off():
+    """The custom call has no padding below zero: it would end the process."""
+    x, kernel = jnp.asarray(random(2, 9, 9, 3)), jnp.asarray(random(3, 3, 3, 4))
+    padding, strides = ((-1, 2), (0, -2)), (2, 2)
+    conv = partial(conv_general_dilated, strides=strides, padding=padding, **KEYWORDS)
+    paddings = [eqn.params["padding"] for eqn in jax.make_jaxpr(conv)(x, kernel).eqns[-1:]]
+    assert paddings == [((0, 2), (0, 0))]
+    expected = ordinary_conv(x[:, 1:, :-2], kernel, strides=strides, padding=((0, 2), (0, 0)))
+    np.testing.assert_allclose(jax.jit(conv)(x, kernel), expected, rtol=1e-4, atol=1e-5)
+
+
+@needs_onednn
 def test_strided_input_gradients_are_matrix_products():
     """XLA stretches the gradient first, which takes fifty times as long on 2x2 maps."""
     x, kernel, settings = operands(SHAPES[1])

@@ -81,6 +81,14 @@ def test_equals_flax_in_values_statistics_and_derivatives(dtype, use_running_ave
             )
 
 
+def test_statistics_keep_their_type():
+    with jax.enable_x64(True):
+        x, layer = jnp.ones((4, 3), jnp.float64), OURS(False)
+        variables = layer.init(jax.random.key(0), x)
+        updated = layer.apply(variables, x, mutable=["batch_stats"])[1]
+        assert {leaf.dtype for leaf in jax.tree.leaves(updated)} == {np.dtype("float32")}
+
+
 def test_the_same_variables_as_flax():
     ours, flax = (
         layer.init(jax.random.key(0), jnp.ones((2, 4, 4, 3))) for layer in both(jnp.float32, False)
