@@ -6,7 +6,6 @@ import os
 import shutil
 import stat
 import threading
-import time
 import warnings
 from dataclasses import replace
 
@@ -266,8 +265,9 @@ def test_a_manifest_lists_what_is_there(tmp_path):
 @pytest.fixture
 def writer(tmp_path):
     """A thread that completes and removes small checkpoints without a pause, as a run does."""
-    directory, done = tmp_path / "checkpoints", threading.Event()
+    directory = tmp_path / "checkpoints"
     directory.mkdir()
+    started, done = threading.Event(), threading.Event()
 
     def write():
         for step in range(1, 1_000_000):
@@ -283,13 +283,13 @@ def writer(tmp_path):
             write_manifest(path)
             if step > 2:
                 checkpoints._remove(directory / str(step - 2))
+                started.set()
             if done.is_set():
                 return
 
     thread = threading.Thread(target=write)
     thread.start()
-    while not (directory / "4").exists():
-        time.sleep(0.01)
+    assert started.wait(60)
     yield tmp_path
     done.set()
     thread.join()
