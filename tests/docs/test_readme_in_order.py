@@ -22,7 +22,7 @@ COMMAND = re.compile(r"python experiments/(\w+)\.py([^`#\n]*)|\$ rm (\S+)")
 # Depths that compile quickly stand for those of the pages.
 DEPTHS = {"18": "8", "34": "10", "56": "12"}
 # They compare with other libraries for minutes, or need a second machine.
-NOT_TYPED = {"benchmark", "benchmark_stream", "torch_study", "digits_grid"}
+NOT_TYPED = {"benchmark", "benchmark_stream", "count_kernels", "torch_study", "digits_grid"}
 # What would take long, and is looked at without training.
 PLANNED = ("--dataset cifar10", "--image-size 96")
 
