@@ -14,7 +14,6 @@ if __name__ == "__main__":
     # Importing takes seconds: until `run_command`, Ctrl-C ends the process without a traceback.
     signal.signal(signal.SIGINT, signal.SIG_DFL)
 
-import argparse
 import importlib.util
 import sys
 from dataclasses import dataclass
@@ -26,6 +25,7 @@ from rich.table import Table
 sys.path.insert(0, str(Path(__file__).parents[1]))  # the directory of the package `experiments`
 
 from experiments.contenders.inputs import describe_architecture
+from experiments.contenders.workload import PRECISIONS, Workload
 from experiments.kernels import Compilation, compile_step, describe_gpus, load_plugin
 from flaxnets.cli.arguments import ArgumentParser, positive, words
 from flaxnets.cli.main import run_command
@@ -33,54 +33,50 @@ from flaxnets.cli.progress import plain_console
 from flaxnets.errors import InputError
 from flaxnets.models import published_image_shape
 
-PRECISIONS = ("float32", "bfloat16")
 COLUMNS = ("convolutions", "fusions", "transposes", "copies", "collectives", "other")
 
 
-@dataclass(frozen=True)
-class Row:
-    """A train step to compile."""
-
-    network: str
-    size: int
-    batch_size: int
-    precision: str
-
-
 DEFAULT = (
-    Row("cifar_resnet20", 32, 128, "float32"),
-    Row("cifar_resnet20", 32, 128, "bfloat16"),
-    Row("resnet50", 224, 256, "bfloat16"),
+    Workload("cifar_resnet20"),
+    Workload("cifar_resnet20", precision="bfloat16"),
+    Workload("resnet50", image_size=224, batch_size=256, precision="bfloat16"),
 )
 
 
+@dataclass(frozen=True)
+class Options:
+    """`workloads` have the batch size of one of the `devices`."""
+
+    plugin: Path
+    workloads: tuple[Workload, ...]
+    devices: int
+
+
 def main(arguments: list[str] | None = None) -> int:
-    args = parse_arguments(arguments)
-    load_plugin(args.plugin)
-    devices = describe_gpus(args.devices)
+    options = parse_arguments(arguments)
+    load_plugin(options.plugin)
+    devices = describe_gpus(options.devices)
     table = Table(box=box.SIMPLE_HEAD)
     table.add_column("network", no_wrap=True)
     for heading in ("image", "batch", "precision", "kernels", *COLUMNS):
         table.add_column(heading, justify="right", no_wrap=True)
     for heading in ("temporaries", "compilation", "PyTorch"):
         table.add_column(heading, justify="right", no_wrap=True)
-    for row in args.rows:
-        bfloat16 = row.precision == "bfloat16"
-        batch_size = row.batch_size * args.devices
-        step = compile_step(row.network, row.size, batch_size, bfloat16, devices)
-        table.add_row(*cells(row, step), count_torch(row))
+    for workload in options.workloads:
+        step = compile_step(workload, devices)
+        table.add_row(*cells(workload, step), count_torch(workload))
     console = plain_console()
     console.width = max(console.width, 200)
     console.print(table)
     return 0
 
 
-def cells(row: Row, step: Compilation) -> list[str]:
+def cells(workload: Workload, step: Compilation) -> list[str]:
     return [
-        row.network,
-        f"{row.size}x{row.size}",
-        str(row.batch_size),
-        row.precision,
+        workload.model,
+        f"{workload.image_size}x{workload.image_size}",
+        str(workload.batch_size),
+        workload.precision,
         str(step.launches.total),
         *(str(getattr(step.launches, name)) for name in COLUMNS),
         f"{step.temporary_bytes / 1e9:.2f} GB",
@@ -88,20 +84,21 @@ def cells(row: Row, step: Compilation) -> list[str]:
     ]
 
 
-def count_torch(row: Row) -> str:
+def count_torch(workload: Workload) -> str:
     """Return the number of PyTorch's kernels, or an empty string if it cannot be counted."""
     if importlib.util.find_spec("torch") is None:
         return ""
     from experiments.contenders.torch_kernels import count_torch_kernels
 
     try:
-        architecture = describe_architecture(row.network)
+        architecture = describe_architecture(workload.model)
     except InputError:  # the peer does not support this network
         return ""
-    return str(count_torch_kernels(architecture, row.size, row.precision == "bfloat16"))
+    bfloat16 = workload.precision == "bfloat16"
+    return str(count_torch_kernels(architecture, workload.image_size, bfloat16))
 
 
-def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
+def parse_arguments(arguments: list[str] | None) -> Options:
     parser = ArgumentParser(description=__doc__)
     parser.add_argument(
         "--plugin", type=Path, required=True, metavar="DIR", help="directory of the CUDA plugin"
@@ -124,15 +121,14 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
     args = parser.parse(arguments)
     if args.models is None and (args.precision or args.batch_size):
         raise InputError("--precision and --batch-size need --models")
-    args.rows = DEFAULT
+    workloads = DEFAULT
     if args.models is not None:
-        precisions = [args.precision] if args.precision else PRECISIONS
-        args.rows = [
-            Row(name, published_image_shape(name)[0], args.batch_size or 128, precision)
+        workloads = tuple(
+            Workload(name, published_image_shape(name)[0], args.batch_size or 128, precision)
             for name in args.models
-            for precision in precisions
-        ]
-    return args
+            for precision in ([args.precision] if args.precision else PRECISIONS)
+        )
+    return Options(args.plugin, workloads, args.devices)
 
 
 if __name__ == "__main__":

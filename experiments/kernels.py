@@ -18,10 +18,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import jaxlib.version
-import numpy as np
 from jax.experimental import topologies
-from jax.sharding import AxisType, Mesh
 
+from experiments.contenders.workload import Workload
 from flaxnets.data import Augmentation, Preprocess, Split
 from flaxnets.data.batches import IMAGENET_MEAN, IMAGENET_STD
 from flaxnets.errors import InputError
@@ -188,20 +187,18 @@ class Compilation:
     seconds: float
 
 
-def compile_step(
-    network: str, size: int, batch_size: int, bfloat16: bool, devices: Sequence[Any]
-) -> Compilation:
-    """Compile the train step of `network` for `devices`, with SGD, padding, crops and flips.
+def compile_step(workload: Workload, devices: Sequence[Any]) -> Compilation:
+    """Compile a train step for `devices`, with SGD, padding, crops and flips.
 
     Args:
-      size: height and width of the images, which have 3 channels.
-      batch_size: number of images on all devices together.
+      workload: with the batch size of one device. Images have 3 channels.
     """
-    shape = (size, size, 3)
-    model = create_model(network, dtype=jnp.bfloat16 if bfloat16 else jnp.float32)
+    shape = (workload.image_size, workload.image_size, 3)
+    dtype = jnp.bfloat16 if workload.precision == "bfloat16" else jnp.float32
+    model = create_model(workload.model, dtype=dtype)
     optimizer = RECIPES["he2015-cifar"].make_optimizer(64_000, 20)
     preprocess = Preprocess(shape, IMAGENET_MEAN, IMAGENET_STD)
-    mesh = Mesh(np.array(devices), ("data",), axis_types=(AxisType.Auto,))
+    mesh, batch_size = data_mesh(devices), workload.batch_size * len(devices)
 
     def on_gpus(shape: tuple[int, ...], dtype: Any) -> jax.ShapeDtypeStruct:
         return jax.ShapeDtypeStruct(shape, dtype, sharding=replicated(mesh))

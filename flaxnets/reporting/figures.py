@@ -181,8 +181,8 @@ def _name_networks(networks: Sequence[NetworkResults], colours: Mapping[int, str
 def draw_run(rows: Sequence[Mapping[str, Any]], path: Path, title: str) -> None:
     """Draw the errors of one run against epoch: training images solid, other images dashed.
 
-    `rows` are those of `metrics.csv`; epochs without a value are left out. Written
-    to `path`, a PNG, and as an SVG next to it.
+    `rows` are those of `metrics.csv`; epochs without a value are left out. Written to `path`, a
+    PNG, and as an SVG next to it.
     """
     figure = Figure(figsize=(6.4, 4.2), layout="constrained")
     ax = figure.subplots()
